@@ -1,0 +1,72 @@
+# make demo   set up everything and run the main job        make test   set up everything and run the tests
+# make check  lint, format, types, import rules             make bench  the benchmarks      make dev  tools for developers
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Warm pip caches and quiet output; the constraints pin every version that the tests were run with.
+PIP := $(BIN)/pip --disable-pip-version-check
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+
+.PHONY: demo test slow check format bench dev clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/netslim run digits
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)
+	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+dev: $(READY_DEV)
+
+check: $(READY_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/ns $(BIN)/mypy build/ns/netslim
+	$(BIN)/lint-imports --config setup.cfg
+
+format: $(READY_DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# FFCV compiles against OpenCV and TurboJPEG. The header is that of the Python that makes the virtual environment.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@missing=; \
+	command -v pkg-config >/dev/null || missing="$$missing pkg-config"; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	pkg-config --exists opencv4 2>/dev/null || missing="$$missing libopencv-dev"; \
+	pkg-config --exists libturbojpeg 2>/dev/null || missing="$$missing libturbojpeg0-dev"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+		|| missing="$$missing python3-dev"; \
+	if [ -n "$$missing" ]; then \
+		as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+		if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then \
+			echo "installing system packages:$$missing"; \
+			$$as_root apt-get update -qq && \
+			$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null || exit 1; \
+		else \
+			echo "netslim needs these system packages:$$missing. Install them (Debian, Ubuntu: sudo apt-get install$$missing) and run make again." >&2; \
+			exit 1; \
+		fi; \
+	fi
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test]'
+	touch $@
+
+# mypy cannot follow the editable install's import hook, so it reads the packages through links.
+$(READY_DEV): $(READY)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test,dev]'
+	mkdir -p build/ns/netslim
+	for room in train prune data launch; do ln -sfn ../../../$$room build/ns/netslim/$$room; done
+	touch $@
