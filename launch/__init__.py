@@ -1,0 +1,1 @@
+"""Configuration, stages, and how processes start."""

@@ -1,0 +1,23 @@
+"""Slimming a network: which channels can go, which do, the cut itself, its cost, and the files it leaves."""
+
+from netslim.prune.artefact import load, load_plan, save
+from netslim.prune.channels import ChannelMap, map_channels
+from netslim.prune.cost import Cost, cost
+from netslim.prune.plan import Plan, make_plan
+from netslim.prune.surgery import cut, largest_difference, masked, slim
+
+__all__ = [
+    "ChannelMap",
+    "Cost",
+    "Plan",
+    "cost",
+    "cut",
+    "largest_difference",
+    "load",
+    "load_plan",
+    "make_plan",
+    "map_channels",
+    "masked",
+    "save",
+    "slim",
+]

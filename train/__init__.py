@@ -1,0 +1,35 @@
+"""Sparsity training and fine-tuning over any number of ranks."""
+
+from netslim.train.evaluate import Evaluation, evaluate
+from netslim.train.loop import fit
+from netslim.train.models import ModelConfig, build_model, check_model, model_names
+from netslim.train.optim import FitConfig, learning_rate, make_optimizer, travel
+from netslim.train.record import Record, RecordConfig
+from netslim.train.runtime import EngineConfig, Runtime, check_devices, num_gpus, weights_digest
+from netslim.train.sparsity import GammaPenalty, SparsityConfig, describe_pull, gamma_summary, soft_threshold_
+
+__all__ = [
+    "EngineConfig",
+    "Evaluation",
+    "FitConfig",
+    "GammaPenalty",
+    "ModelConfig",
+    "Record",
+    "RecordConfig",
+    "Runtime",
+    "SparsityConfig",
+    "build_model",
+    "check_devices",
+    "check_model",
+    "describe_pull",
+    "evaluate",
+    "fit",
+    "gamma_summary",
+    "learning_rate",
+    "make_optimizer",
+    "model_names",
+    "num_gpus",
+    "soft_threshold_",
+    "travel",
+    "weights_digest",
+]

@@ -1,0 +1,81 @@
+"""Stages meet in directories: the weights and the plan, the configuration, and metrics.json, written last."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from netslim.launch.config import RunConfig, differences, to_dict
+from netslim.prune import Plan, load, save
+
+METRICS = "metrics.json"
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a stage finished here: its metrics.json, the last file it writes, is there."""
+    return (directory / METRICS).is_file()
+
+
+def write_stage(
+    directory: Path, model: nn.Module, plan: Plan | None, config: RunConfig, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Leave what a finished stage gives; returns the metrics with ``file_mb``, the weights' size in 10^6 bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save(model, plan, directory)
+    write_json(directory / "config.json", to_dict(config))
+    size = (directory / "weights.safetensors").stat().st_size
+    metrics = {**metrics, "file_mb": size / 1e6}
+    write_json(directory / METRICS, metrics)
+    return metrics
+
+
+def read_stage(directory: Path, build: Callable[[], nn.Module], command: str) -> nn.Module:
+    """The model a finished stage left; raises FileNotFoundError that names the command which makes it."""
+    if not is_complete(directory):
+        raise FileNotFoundError(f"{directory} holds no finished stage; run `{command}` first")
+    return load(directory, build)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError that names the file where it holds no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete its directory to make it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged (no JSON object); delete its directory to make it again")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Written aside and renamed, so that the file is whole or not there."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def claim(directory: Path, preset: str, config: RunConfig) -> None:
+    """Make the run directory, or check that it was made with the same configuration; keeps config.json.
+
+    Raises ValueError that lists the fields which differ, and OSError where the directory can't be written.
+    """
+    path = directory / "config.json"
+    values = {"preset": preset, **to_dict(config)}
+    if path.is_file():
+        differing = differences(read_json(path), values)
+        if differing:
+            raise ValueError(
+                f"{directory} was made with another configuration: {'; '.join(differing)}. "
+                "Use the same values, another --run-dir, or delete the directory"
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)

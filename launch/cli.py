@@ -1,0 +1,93 @@
+"""The command ``netslim``: checks everything that can be checked, then starts the processes."""
+
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+
+from netslim.data import check_batch_size, prepare
+from netslim.launch.artefacts import claim, read_json
+from netslim.launch.cluster import launch
+from netslim.launch.config import RunConfig, parse, run_directory
+from netslim.launch.mistakes import guarded
+from netslim.launch.presets import PRESETS, find_preset
+from netslim.launch.recipe import STAGES, start
+from netslim.launch.report import format_table
+from netslim.train import check_devices, check_model, num_gpus
+
+COMMANDS = {
+    "run": "all stages on this machine: sparsity training, pruning, fine-tuning",
+    "sparsify": "sparsity training only",
+    "prune": "cut the run's sparse model by the global threshold, at each ratio",
+    "finetune": "fine-tune the run's pruned models",
+    "data": "write the images of a preset as .beton files",
+}
+
+
+def main() -> int:
+    """The console script."""
+    return guarded(lambda: dispatch(sys.argv[1:]))
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Carry out one command line; raises ValueError or OSError for a mistake in it."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=2, cutoff=0.3) or list(COMMANDS)
+        raise ValueError(f"no command is called {command!r}; the nearest are {', '.join(nearest)}")
+    if not rest or rest[0] in ("-h", "--help"):
+        print(f"usage: netslim {command} PRESET [flags]\n\n{COMMANDS[command]}\n\n{list_presets()}")
+        return 0
+    preset, *flags = rest
+    make = find_preset(preset)
+    config = parse(f"netslim {command} {preset}", inspect.getdoc(make) or "", make(), flags)
+    if command == "data":
+        return write_data(config)
+    stages = STAGES if command == "run" else (command,)
+    return run_stages(preset, config, stages, [preset, *flags])
+
+
+def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments: Sequence[str]) -> int:
+    """Check, start the processes, wait for them, print the table."""
+    if config.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    num_processes = config.num_processes or max(1, num_gpus())
+    check_devices(config.engine, num_processes)
+    check_model(config.model)
+    check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
+    directory = run_directory(preset, config)
+    claim(directory, preset, config)
+    prepare(config.data, quiet=False)
+    if num_processes == 1:
+        start(preset, config, stages)
+    else:
+        os.environ["NETSLIM_STAGES"] = " ".join(stages)
+        code = launch("netslim.launch.recipe", arguments, num_processes=num_processes)
+        if code:
+            return code
+    print(format_table(read_json(directory / "results.json")["rows"]))
+    print(f"{directory}/results.json")
+    return 0
+
+
+def write_data(config: RunConfig) -> int:
+    info = prepare(config.data, quiet=False)
+    where = info.directory or "nothing to write: the torch loader reads the images themselves"
+    print(f"{info.num_train} training and {info.num_test} test images of {len(info.classes)} classes: {where}")
+    return 0
+
+
+def overview() -> str:
+    commands = "\n".join(f"  netslim {name} PRESET [flags]".ljust(36) + text for name, text in COMMANDS.items())
+    usage = "usage: netslim COMMAND PRESET [flags]"
+    return f"{usage}\n\n{commands}\n\n{list_presets()}\n\nnetslim COMMAND PRESET --help lists all flags."
+
+
+def list_presets() -> str:
+    return "presets:\n" + "\n".join(
+        f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
+    )

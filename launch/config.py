@@ -1,0 +1,218 @@
+"""A run's configuration: the sum of its stages', read from a preset, a file and flags, in that order of precedence."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from netslim.data import DataConfig
+from netslim.train import EngineConfig, FitConfig, ModelConfig, RecordConfig, SparsityConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class PruneConfig:
+    ratio: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.5,)
+    """Shares of all prunable BatchNorm channels to remove; each is pruned and fine-tuned from the same sparse model."""
+    min_channels: Annotated[int, Field(ge=1)] = 1
+    """Channels that every layer keeps."""
+    min_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of its channels that every layer keeps."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.ratio)) < len(self.ratio):
+            raise ValueError(f"prune.ratio names a ratio twice in {self.ratio}; name each once")
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class RunConfig:
+    data: DataConfig = DataConfig()
+    """Which images, and how they reach the network."""
+    model: ModelConfig = ModelConfig()
+    """The network before it is slimmed."""
+    sparsify: FitConfig = FitConfig()
+    """Sparsity training."""
+    sparsity: SparsityConfig = SparsityConfig()
+    """The L1 penalty on BatchNorm scales during sparsity training."""
+    prune: PruneConfig = PruneConfig()
+    """The global threshold."""
+    finetune: FitConfig = FitConfig()
+    """Training of the small network."""
+    engine: EngineConfig = EngineConfig()
+    """How each process computes."""
+    record: RecordConfig = RecordConfig()
+    """Where metrics go besides the run directory."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of weights, order and augmentation; two runs with the same seed end with the same weights on CPU."""
+    cpu: bool = False
+    """Compute on the CPU also where there is a GPU."""
+    num_processes: Annotated[int, Field(ge=1)] | None = None
+    """Processes on this machine; None is one per GPU, or one. Only for `netslim`; `accelerate launch` has its own."""
+    run_dir: Path | None = None
+    """Where the run is kept, on storage that all nodes share; None is runs/PRESET."""
+
+
+_ADAPTER = TypeAdapter(RunConfig)
+
+# Fields that say where and how a run is made, not what comes out: they may differ when a run directory is used again.
+# Ratios may, because each has directories of its own.
+_FREE_FIELDS = ("record", "run_dir", "num_processes", "cpu", "data.cache", "data.num_workers", "prune.ratio")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    values: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return values
+
+
+def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """Resolve preset < ``--config FILE`` (JSON or YAML) < flags.
+
+    Raises ValueError in one line that names the field, the value and what is allowed; ``--help`` prints all fields
+    and raises SystemExit.
+    """
+    arguments, file = _take_config_file(arguments)
+    if file is not None:
+        preset = _merge_file(preset, file)
+    known = [f"--{name.replace('_', '-')}" for name in field_names(preset)]
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        positive = re.sub(r"(^--|\.)no-", r"\1", flag)
+        if flag.startswith("--") and flag != "--help" and positive not in known:
+            raise ValueError(f"there is no field {flag}; {_nearest(flag, known)}; --help lists all")
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                RunConfig,
+                default=preset,
+                args=list(arguments),
+                prog=prog,
+                description=f"{description}\n\n--config FILE (JSON or YAML) is read before the flags.",
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(stop, errors.getvalue())) from None
+
+
+def run_directory(preset: str, config: RunConfig) -> Path:
+    """Where the run is kept: ``--run-dir``, or runs/PRESET."""
+    return config.run_dir or Path("runs") / preset
+
+
+def field_names(config: Any) -> list[str]:
+    """The dotted names of all fields, as flags and errors spell them: ``prune.ratio``, ``seed``."""
+    names = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            names += [f"{field.name}.{name}" for name in field_names(value)]
+        else:
+            names.append(field.name)
+    return names
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two configurations (as ``to_dict`` gives them) differ, in one phrase each.
+
+    Fields that do not change what comes out of a run are passed over.
+    """
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        name = prefix + key
+        before, after = old.get(key), new.get(key)
+        if before == after or name in _FREE_FIELDS:
+            continue
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{name}.")
+        else:
+            found.append(f"{name} was {json.dumps(before)}, now {json.dumps(after)}")
+    return found
+
+
+def _take_config_file(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    rest, file = [], None
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, has_value, value = argument.partition("=")
+        if name != "--config":
+            rest.append(argument)
+            continue
+        path = value if has_value else next(remaining, "")
+        if not path:
+            raise ValueError("--config needs a file; name a JSON or YAML file after it")
+        file = Path(path)
+    return rest, file
+
+
+def _merge_file(preset: RunConfig, file: Path) -> RunConfig:
+    if not file.is_file():
+        raise FileNotFoundError(f"--config {file}: there is no such file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML too
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"--config {file} holds {type(values).__name__}, not fields with values")
+    try:
+        return _ADAPTER.validate_python(_merge(to_dict(preset), values))
+    except ValidationError as error:
+        raise ValueError(f"--config {file}: {_describe(error, field_names(preset))}") from None
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _describe(error: ValidationError, known: Sequence[str]) -> str:
+    """The first complaint of pydantic in one line."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    if first["type"] == "unexpected_keyword_argument":
+        return f"there is no field {name}; {_nearest(name, known)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message
+    return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    last = {candidate.rsplit(".", 1)[-1].lstrip("-"): candidate for candidate in reversed(known)}
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    # `ratio` for `prune.ratio` is a likelier slip than any that resembles it by letters
+    exact = last.get(name.rsplit(".", 1)[-1].lstrip("-"))
+    names = list(dict.fromkeys([*([exact] if exact else []), *close]))
+    return f"the nearest are {', '.join(names)}" if names else "none has a name like it"
+
+
+def _one_line(stop: SystemExit, printed: str) -> str:
+    """What tyro printed in a box, or the validation error behind it, as one line."""
+    cause: BaseException | None = stop
+    while cause is not None:
+        if isinstance(cause, ValidationError):
+            # tyro builds the innermost dataclass, so that the name lacks what stands before it
+            section = re.search(r"Error parsing (?:--)?([\w.]+):", printed)
+            prefix = f"{section.group(1)}." if section else ""
+            return (
+                f"{prefix}{_describe(cause, [])}"
+                if cause.errors()[0]["type"] != "value_error"
+                else _describe(cause, [])
+            )
+        cause = cause.__context__
+    lines = [line.strip("│╭╰─╮╯ ") for line in printed.splitlines()]
+    body = lines[1 : lines.index("", 1)] if "" in lines[1:] else lines[1:]
+    return " ".join(body)

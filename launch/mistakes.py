@@ -1,0 +1,42 @@
+"""A user's mistake ends in one line on stderr and exit code 2; anything else is ours and keeps its traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+MISTAKE = 2
+INTERRUPTED = 130
+
+
+def guarded(body: Callable[[], int | None]) -> int:
+    """Run ``body`` and return the process's exit code.
+
+    ValueError, FloatingPointError or OSError raised by netslim's own code, and OSError raised by the operating
+    system, are the user's to mend; the same types from inside a library are a defect of ours and are raised on.
+    """
+    try:
+        return body() or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, FloatingPointError, OSError) as error:
+        if not _is_mistake(error):
+            raise
+        if not getattr(error, "is_echo", False):  # of an error that another rank reports
+            rank = int(os.environ.get("RANK", "0"))
+            where = f" (rank {rank})" if rank else ""
+            print(f"netslim: {_one_line(error)}{where}", file=sys.stderr, flush=True)
+        return MISTAKE
+
+
+def _is_mistake(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith(("netslim.", "__main__"))
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

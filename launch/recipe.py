@@ -1,0 +1,253 @@
+"""The stages of network slimming, and what each process of a run does.
+
+accelerate launch -m netslim.launch.recipe PRESET [--prune.ratio 0.7 ...]
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from netslim.data import DataInfo, Loaders, Shard, open_loaders, prepare
+from netslim.launch.artefacts import claim, is_complete, read_stage, write_stage
+from netslim.launch.config import RunConfig, parse, run_directory, to_dict
+from netslim.launch.mistakes import guarded
+from netslim.launch.presets import find_preset
+from netslim.launch.report import write_results
+from netslim.prune import Plan, cost, cut, largest_difference, load_plan, make_plan, map_channels
+from netslim.train import FitConfig, Record, Runtime, build_model, evaluate, fit
+
+STAGES = ("sparsify", "prune", "finetune")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs: the configuration, this process's place among the ranks, the images, the directory."""
+
+    preset: str
+    config: RunConfig
+    run: Runtime
+    loaders: Loaders
+    directory: Path
+
+    def build(self) -> nn.Module:
+        """The network before it is slimmed, newly initialised, on this rank's device."""
+        model = build_model(self.config.model, len(self.loaders.info.classes), self.config.seed)
+        return model.to(self.run.device)
+
+    def path(self, stage: str, ratio: float | None = None) -> Path:
+        # two decimals sort and align; a ratio that has more keeps them
+        return self.directory / (stage if ratio is None else f"{stage}-{max(f'{ratio:.2f}', str(ratio), key=len)}")
+
+    def is_done(self, directory: Path) -> bool:
+        """Whether a stage is complete; rank 0 looks, so that all ranks agree also where storage lags."""
+        return self.run.on_main(lambda: is_complete(directory))
+
+    def command(self, stage: str) -> str:
+        return f"netslim {stage} {self.preset} --run-dir {self.directory}"
+
+
+def run_recipe(job: Job, stages: Sequence[str] = STAGES) -> None:
+    """Sparsify once; then for each ratio cut the same sparse model and fine-tune what is left."""
+    if "sparsify" in stages:
+        sparsify(job)
+    for ratio in job.config.prune.ratio:
+        if "prune" in stages:
+            prune(job, ratio)
+        if "finetune" in stages:
+            finetune(job, ratio)
+
+
+def sparsify(job: Job) -> None:
+    """Train with the L1 penalty on the scales of the channels that can be removed."""
+    directory = job.path("sparse")
+    if job.is_done(directory):
+        return
+    model = job.build()
+    gammas = map_channels(model, blank_image(job)).gammas(model)
+    row = {"stage": "sparse", "ratio": 0.0}
+    train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas)
+
+
+def prune(job: Job, ratio: float) -> None:
+    """Rank 0 ranks all scales against one threshold and makes the plan; every rank cuts the same channels."""
+    directory, run, config = job.path("prune", ratio), job.run, job.config
+    if job.is_done(directory):
+        return
+    started = time.perf_counter()
+    sparse = read_stage(job.path("sparse"), job.build, job.command("sparsify"))
+
+    def decide() -> tuple[str, float]:
+        images, _ = next(iter(job.loaders.test))
+        channels = map_channels(sparse, images[:16])
+        plan = make_plan(
+            channels.named_gammas(sparse),
+            channels,
+            ratio=ratio,
+            min_channels=config.prune.min_channels,
+            min_share=config.prune.min_share,
+        )
+        difference = largest_difference(sparse, cut(sparse, plan), plan, images[:16])
+        if not difference <= 1e-5:
+            raise RuntimeError(f"the network cut at ratio {ratio} differs from the masked one by {difference:.2g}")
+        return plan.to_json(), difference
+
+    text, difference = run.on_main(decide)
+    plan = Plan.from_json(text)
+    small = cut(sparse, plan)
+    run.check_equal(small, f"after the cut at ratio {ratio}")
+    evaluation = evaluate(small, job.loaders.test, run)
+    metrics = {
+        "stage": "cut",
+        "ratio": ratio,
+        "accuracy": evaluation.accuracy,
+        "test_loss": evaluation.loss,
+        "threshold": plan.threshold,
+        "num_channels": plan.num_channels,
+        "num_removed": plan.num_removed,
+        "spared_by_floors": dict(plan.spared),
+        "difference_from_masked": difference,
+        "plan_digest": plan.digest,
+    }
+    finish(job, small, plan, directory, metrics, started)
+    if run.is_main:
+        print(
+            f"{directory.name}: {plan.num_removed} of {plan.num_channels} channels removed, "
+            f"accuracy {evaluation.accuracy:.4f}, cut and masked network differ by {difference:.1e}",
+            flush=True,
+        )
+
+
+def finetune(job: Job, ratio: float) -> None:
+    """Train the small network without the penalty."""
+    directory, source = job.path("finetune", ratio), job.path("prune", ratio)
+    if job.is_done(directory):
+        return
+    small = read_stage(source, job.build, job.command("prune"))
+    row = {"stage": "finetuned", "ratio": ratio}
+    train(job, small, job.config.finetune, directory, row, plan=load_plan(source))
+
+
+def train(
+    job: Job,
+    model: nn.Module,
+    config: FitConfig,
+    directory: Path,
+    row: dict[str, Any],
+    *,
+    plan: Plan | None,
+    gammas: Sequence[nn.Parameter] = (),
+) -> None:
+    """Fit the model and leave the artefact; with ``gammas`` it is sparsity training."""
+    started = time.perf_counter()
+    with Record(
+        directory.name,
+        directory,
+        is_main=job.run.is_main,
+        config=job.config.record,
+        run_name=job.directory.name,
+        settings={"preset": job.preset, "world_size": job.run.world_size, **row, **to_dict(job.config)},
+    ) as record:
+        fitted = fit(
+            model,
+            job.loaders.train,
+            job.loaders.test,
+            config,
+            run=job.run,
+            record=record,
+            gammas=gammas,
+            sparsity=job.config.sparsity if gammas else None,
+        )
+        record.finish(finish(job, model, plan, directory, {**row, **fitted}, started))
+
+
+def finish(
+    job: Job, model: nn.Module, plan: Plan | None, directory: Path, metrics: dict[str, Any], started: float
+) -> dict[str, Any]:
+    """Rank 0 writes the artefact and results.json; returns the metrics with costs added."""
+
+    def write() -> dict[str, Any]:
+        price = cost(model, blank_image(job))
+        seconds = time.perf_counter() - started
+        complete = write_stage(
+            directory,
+            model,
+            plan,
+            job.config,
+            {**metrics, "params": price.params, "macs": price.macs, "seconds": seconds},
+        )
+        write_results(
+            job.directory,
+            preset=job.preset,
+            world_size=job.run.world_size,
+            loader=job.loaders.info.loader,
+            device=job.run.device.type,
+            engine=job.run.engine,
+        )
+        return complete
+
+    return job.run.on_main(write)
+
+
+def blank_image(job: Job) -> torch.Tensor:
+    """One black image, (1, 3, size, size), for what depends on shapes alone."""
+    size = job.config.data.size
+    return torch.zeros(1, 3, size, size, device=job.run.device)
+
+
+def start(preset: str, config: RunConfig, stages: Sequence[str] = STAGES) -> None:
+    """Join the process group, open the images and run the stages; every rank of a run calls this."""
+    if config.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    info = prepare_once_per_node(config)
+    run = Runtime(config.engine, config.seed)
+    try:
+        directory = run_directory(preset, config)
+        run.on_main(lambda: claim(directory, preset, config))
+        loaders = open_loaders(
+            config.data,
+            info,
+            Shard(run.rank, run.world_size),
+            seed=config.seed,
+            accumulation=config.engine.accumulation,
+            device=run.device,
+        )
+        run_recipe(Job(preset, config, run, loaders, directory), stages)
+    finally:
+        run.close()
+
+
+def prepare_once_per_node(config: RunConfig) -> DataInfo:
+    """Write and verify the images in one process of each node, while the others wait for it.
+
+    Before the process group is joined: writing a large data set takes longer than ranks wait for each other.
+    """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return prepare(config.data, quiet=not is_first, check=is_first)
+    except (ValueError, OSError) as error:
+        error.is_echo = not is_first  # type: ignore[union-attr]  # the first process of the node reports it
+        raise
+
+
+def main() -> int:
+    """The entry of ``python -m netslim.launch.recipe PRESET [flags]``, under any launcher or none."""
+
+    def body() -> None:
+        arguments = sys.argv[1:]
+        stages = os.environ.get("NETSLIM_STAGES", " ".join(STAGES)).split()
+        preset = arguments[0] if arguments else ""
+        make = find_preset(preset)
+        start(preset, parse("netslim.launch.recipe " + preset, make.__doc__ or "", make(), arguments[1:]), stages)
+
+    return guarded(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

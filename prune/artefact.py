@@ -1,0 +1,134 @@
+"""A slim network on disk: weights.safetensors and plan.json, written atomically and read without pickle."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from netslim.prune.plan import Plan
+from netslim.prune.surgery import cut
+
+WEIGHTS, PLAN = "weights.safetensors", "plan.json"
+_NO_PLAN = "none"
+
+
+def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str]) -> None:
+    """Write the network's parameters and buffers, and its plan if it has one, into a directory.
+
+    Both files are written beside the old ones first and then put in their place, so a full disk leaves the old ones
+    whole. The weights name the plan's digest: `load` refuses files of two different saves.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "netslim", "version": "1", "plan": _NO_PLAN if plan is None else plan.digest}
+    contents = {WEIGHTS: safetensors.torch.save(_tensors(model), metadata)}
+    if plan is not None:
+        contents[PLAN] = plan.to_json().encode()
+    _replace_all(directory, contents)
+    if plan is None:
+        (directory / PLAN).unlink(missing_ok=True)
+
+
+def load(directory: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Module:
+    """Build the original network, cut it by the plan beside the weights, if there is one, and load the weights.
+
+    Device, dtype and memory format are those of the built network. Nothing is ever unpickled.
+
+    Raises: FileNotFoundError without weights; ValueError if a file is damaged, or is not of the network that was built.
+    """
+    path = Path(directory) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    plan = load_plan(directory)
+    tensors, made_by = _read(path)
+    if made_by is not None and made_by != (_NO_PLAN if plan is None else plan.digest):
+        raise ValueError(f"{path} and its {PLAN} are not of one save; save again")
+    model = build()
+    if plan is not None:
+        model = cut(model, plan)
+    _check_keys(path, model.state_dict(), tensors)
+    model.load_state_dict(tensors)
+    return model
+
+
+def load_plan(directory: str | os.PathLike[str]) -> Plan | None:
+    """Read the plan in a directory; None if there is none, ValueError naming the file if it is damaged."""
+    path = Path(directory) / PLAN
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    tensors = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"'{key}' of the network is no tensor and cannot be saved without pickle")
+        # clone: safetensors refuses tensors that share memory
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get("plan")  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        what = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {what}") from None
+
+
+def _check_keys(path: Path, want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:
+    faults = {
+        "missing": [key for key in want if key not in have],
+        "unexpected": [key for key in have if key not in want],
+        "of another shape": [
+            f"{key} {tuple(have[key].shape)} instead of {tuple(want[key].shape)}"
+            for key in want
+            if key in have and have[key].shape != want[key].shape
+        ],
+    }
+    found = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
+        for what, keys in faults.items()
+        if keys
+    ]
+    if found:
+        raise ValueError(f"{path} is of another network: {'; '.join(found)}")
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the new names last through a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace_all(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files so that a failure leaves none of them, and no part of one, behind."""
+    drafts = {name: directory / f".{name}.{secrets.token_hex(4)}" for name in contents}
+    try:
+        for name, draft in drafts.items():
+            with draft.open("xb") as file:
+                file.write(contents[name])
+                file.flush()
+                os.fsync(file.fileno())
+        for name, draft in drafts.items():
+            draft.replace(directory / name)
+        _sync_directory(directory)
+    finally:
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)

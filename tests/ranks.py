@@ -1,0 +1,54 @@
+"""Runs a function in real processes that form one gloo group, as a launcher would start them."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, directory: Path, *arguments: Any) -> list[Any]:
+    """What ``function(*arguments)`` returned on each rank; raises AssertionError with a failed rank's traceback.
+
+    ``function`` is defined at the top of a test module, and what it returns can be saved by torch.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_run, args=(function, rank, world_size, port, str(directory), arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=240)
+    failures = [path.read_text() for path in sorted(directory.glob("failure-*"))]
+    assert not failures, failures[0]
+    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+    return [torch.load(directory / f"result-{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def _run(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, directory: str, arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "ACCELERATE_USE_CPU": "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        torch.save(function(*arguments), Path(directory) / f"result-{rank}.pt")
+    except BaseException:
+        (Path(directory) / f"failure-{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise

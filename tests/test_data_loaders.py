@@ -1,0 +1,232 @@
+"""Batches are the same with either loader, on any number of ranks, every time."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from netslim.data import DataConfig, DataInfo, Loaders, Shard, open_loaders, prepare
+from netslim.data import ffcv_loader as module
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(data_cache: Path) -> DataConfig:
+    return DataConfig(cache=data_cache, batch_size=96, eval_batch_size=100)
+
+
+@pytest.fixture
+def info(config: DataConfig) -> DataInfo:
+    return prepare(config, quiet=True)
+
+
+def loaders(config: DataConfig, info: DataInfo, rank: int = 0, ranks: int = 1, accumulation: int = 1) -> Loaders:
+    return open_loaders(config, info, Shard(rank, ranks), seed=7, accumulation=accumulation, device=CPU)
+
+
+def epoch(opened: Loaders, number: int = 0, first_batch: int = 0) -> tuple[Tensor, Tensor]:
+    """All images and labels of an epoch, micro-batch by micro-batch, `(batches, n, ...)`."""
+    images, labels = zip(*opened.train.epoch(number, first_batch), strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
+def test_batches_are_normalised_floats_in_channels_last(config: DataConfig, info: DataInfo) -> None:
+    images, labels = next(loaders(config, info).train.epoch(0))
+    assert (images.shape, images.dtype, labels.shape, labels.dtype) == (
+        (96, 3, 32, 32),
+        torch.float32,
+        (96,),
+        torch.int64,
+    )
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_unaugmented_training_images_have_mean_0_and_deviation_1(config: DataConfig, info: DataInfo) -> None:
+    plain = replace(config, flip=False, pad=0, batch_size=1442)
+    images, _ = epoch(loaders(plain, info))
+    torch.testing.assert_close(images.mean((0, 1, 3, 4)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images.std((0, 1, 3, 4)), torch.ones(3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("flip", "pad"), [(True, 4), (False, 3), (False, 0)])
+def test_both_loaders_give_the_same_pixels(config: DataConfig, info: DataInfo, flip: bool, pad: int) -> None:
+    config = replace(config, flip=flip, pad=pad)
+    other = replace(config, loader="torch", num_workers=0)
+    images, labels = epoch(loaders(config, info), 3)
+    other_images, other_labels = epoch(loaders(other, prepare(other, quiet=True)), 3)
+    assert torch.equal(images, other_images)
+    assert torch.equal(labels, other_labels)
+
+
+def test_worker_processes_change_nothing(config: DataConfig, info: DataInfo) -> None:
+    other = replace(config, loader="torch", num_workers=1)
+    opened = loaders(other, prepare(other, quiet=True))
+    for number in (0, 1):  # the second by the same workers
+        assert torch.equal(epoch(opened, number)[0], epoch(loaders(config, info), number)[0])
+
+
+def test_both_loaders_give_the_same_test_images(config: DataConfig, info: DataInfo) -> None:
+    other = replace(config, loader="torch", num_workers=0)
+    for one, two in zip(loaders(config, info).test, loaders(other, prepare(other, quiet=True)).test, strict=True):
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+
+
+def test_two_runs_are_the_same(config: DataConfig, info: DataInfo) -> None:
+    first, second = (epoch(loaders(config, info), 2) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_epochs_differ_in_order(config: DataConfig, info: DataInfo) -> None:
+    opened = loaders(config, info)
+    assert not torch.equal(epoch(opened, 0)[1], epoch(opened, 1)[1])
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (3, 1), (1, 4), (2, 4)])
+def test_ranks_share_the_steps_of_a_single_process(
+    config: DataConfig, info: DataInfo, ranks: int, accumulation: int
+) -> None:
+    alone, alone_labels = epoch(loaders(config, info), 1)
+    parts = [epoch(loaders(config, info, rank, ranks, accumulation), 1) for rank in range(ranks)]
+    # (steps * accumulation, ranks, n, ...) holds the images of a step one after the other
+    images = torch.stack([part[0] for part in parts], dim=1).reshape(alone.shape)
+    labels = torch.stack([part[1] for part in parts], dim=1).reshape(alone_labels.shape)
+    assert torch.equal(images, alone)
+    assert torch.equal(labels, alone_labels)
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_an_epoch_can_start_in_its_middle(config: DataConfig, loader: Any) -> None:
+    config = replace(config, loader=loader, num_workers=0)
+    opened = loaders(config, prepare(config, quiet=True), accumulation=2)
+    assert torch.equal(epoch(opened, 1, first_batch=5)[0], epoch(opened, 1)[0][5:])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_test_image_comes_exactly_once(config: DataConfig, info: DataInfo, ranks: int) -> None:
+    parts = [loaders(config, info, rank, ranks).test for rank in range(ranks)]
+    seen = [tuple(image.flatten().tolist()) for part in parts for images, _ in part for image in images]
+    every = torch.cat([images for images, _ in loaders(config, info).test])
+    assert sorted(seen) == sorted(tuple(image.flatten().tolist()) for image in every)
+    assert len(seen) == 355
+    assert [len(part) for part in parts] == [len(list(part)) for part in parts]
+
+
+def test_a_rank_may_have_no_test_images(config: DataConfig, info: DataInfo) -> None:
+    assert list(loaders(replace(config, batch_size=356 * 2), info, 355, 356).test) == []
+
+
+def test_lengths_count_micro_batches_and_steps(config: DataConfig, info: DataInfo) -> None:
+    train = loaders(config, info, 1, 2, accumulation=4).train
+    assert (train.steps_per_epoch, len(train)) == (15, 60)
+
+
+def test_a_batch_that_cannot_be_cut_evenly_is_refused_on_opening(config: DataConfig, info: DataInfo) -> None:
+    with pytest.raises(ValueError, match=r"96 is not a multiple of 5 ranks"):
+        loaders(config, info, 0, 5)
+
+
+def test_a_file_cut_short_since_is_refused_on_opening(config: DataConfig, tmp_path: Path) -> None:
+    info = prepare(replace(config, cache=tmp_path), quiet=True)
+    assert info.directory is not None
+    with (info.directory / "test.beton").open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(ValueError, match=r"test\.beton has 5000 bytes"):
+        loaders(config, info)
+
+
+def test_an_error_in_the_loaders_thread_reaches_the_reader(
+    config: DataConfig, info: DataInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = loaders(config, info)
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("on purpose")
+
+    monkeypatch.setattr(module, "_augment", fail)
+    with pytest.raises(RuntimeError, match=r"reading .*train\.beton failed: ArithmeticError\('on purpose'\)"):
+        list(opened.train.epoch(0))
+
+
+def test_a_batch_that_never_comes_is_an_error(
+    config: DataConfig, info: DataInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = loaders(config, info)
+    released = threading.Event()
+    monkeypatch.setattr(module, "_augment", lambda *_: released.wait())
+    monkeypatch.setattr(module, "WAIT_SECONDS", 0.2)
+    batches = opened.train.epoch(0)
+    timer = threading.Timer(1.0, released.set)
+    timer.start()
+    with pytest.raises(TimeoutError, match=r"no batch of .*train\.beton came"):
+        next(batches)
+    timer.join()
+
+
+def test_a_left_epoch_ends_its_thread(config: DataConfig, info: DataInfo) -> None:
+    before = threading.active_count()
+    batches = loaders(config, info).train.epoch(0)
+    next(batches)
+    assert threading.active_count() == before + 1
+    assert isinstance(batches, Iterator)
+    batches.close()  # type: ignore[attr-defined]  # what leaving a loop does
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_reading_on_in_an_epoch_that_was_left_is_an_error(config: DataConfig, loader: Any) -> None:
+    config = replace(config, loader=loader, num_workers=0)
+    train = loaders(config, prepare(config, quiet=True)).train
+    first, second = train.epoch(0), train.epoch(1)
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="another one has been opened"):
+        next(first)
+
+
+def test_a_batch_stays_as_it_was_while_later_ones_are_read(config: DataConfig, info: DataInfo) -> None:
+    kept = list(loaders(config, info).train.epoch(0))
+    copies = [images.clone() for images, _ in loaders(config, info).train.epoch(0)]
+    assert all(torch.equal(images, copy) for (images, _), copy in zip(kept, copies, strict=True))
+
+
+def test_jpeg_storage_is_close_to_the_raw_pixels(config: DataConfig, info: DataInfo) -> None:
+    lossy = replace(config, quality=95)
+    images, _ = epoch(loaders(lossy, prepare(lossy, quiet=True)))
+    exact, _ = epoch(loaders(config, info))
+    assert (images - exact).abs().mean() < 0.05
+
+
+def test_no_global_random_state_is_touched(config: DataConfig, info: DataInfo) -> None:
+    other = replace(config, loader="torch", num_workers=0)
+    other_info = prepare(other, quiet=True)
+    numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index,union-attr]
+    for opened in (loaders(config, info), loaders(other, other_info)):
+        epoch(opened)
+        list(opened.test)
+    assert (np.random.get_state()[1] == numpy_state).all()  # type: ignore[index]
+    assert torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_torchs_thread_count_is_left_alone(config: DataConfig, info: DataInfo) -> None:
+    # In a fresh process: FFCV sets it on import, on opening, for every epoch, and from its own thread.
+    code = (
+        "import torch; torch.set_num_threads(2)\n"
+        "from pathlib import Path; from netslim.data import *\n"
+        f"config = DataConfig(cache=Path({str(config.cache)!r}), batch_size=96, num_workers=1)\n"
+        "loaders = open_loaders(config, prepare(config, quiet=True), Shard(0, 1), seed=0, device=torch.device('cpu'))\n"
+        "for _ in loaders.train.epoch(0): assert torch.get_num_threads() == 2\n"
+        "for _ in loaders.test: pass\n"
+        "assert loaders.info.loader == 'ffcv' and torch.get_num_threads() == 2"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

@@ -1,0 +1,212 @@
+"""Prepared data is whole, written once, found again; or not there at all."""
+
+import errno
+import io
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from netslim.data import DataConfig, prepare
+from netslim.data.sources import open_source
+from netslim.data.write import choose_loader
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def make_folder(root: Path) -> DataConfig:
+    """Two classes of plain images: small and quick to write."""
+    for split, count in (("train", 40), ("test", 2)):
+        for name in ("cat", "dog"):
+            (root / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (16, 16), (5 * i, 0, 0)).save(root / "images" / split / name / f"{i}.png")
+    return DataConfig(source="folder", root=root / "images", cache=root / "cache", size=16)
+
+
+def times(directory: Path | None) -> dict[str, int]:
+    assert directory is not None
+    return {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+
+
+def leftovers(config: DataConfig) -> list[str]:
+    """What is in the cache but lock files."""
+    return [path.name for path in config.cache.iterdir() if path.suffix != ".lock"]
+
+
+def test_the_figures_are_those_of_the_training_images(data_cache: Path) -> None:
+    config = DataConfig(cache=data_cache)
+    info, train = prepare(config, quiet=True), open_source(config).train
+    pixels = np.stack([train[i][0] for i in range(len(train))]) / 255
+    np.testing.assert_allclose(info.mean, pixels.mean(axis=(0, 1, 2)))
+    np.testing.assert_allclose(info.std, pixels.std(axis=(0, 1, 2)))
+    assert (info.num_train, info.num_test, info.size, len(info.classes)) == (1442, 355, 32, 10)
+
+
+def test_the_second_call_writes_nothing(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    first = prepare(config, quiet=True)
+    before = times(first.directory)
+    assert prepare(config, quiet=True) == first
+    assert times(first.directory) == before
+
+
+def test_another_size_is_another_directory(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    first, second = prepare(config, quiet=True), prepare(replace(config, size=24), quiet=True)
+    assert first.directory != second.directory
+
+
+def test_settings_that_leave_the_pixels_alone_share_a_directory(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    first, second = prepare(config, quiet=True), prepare(replace(config, batch_size=2, flip=False), quiet=True)
+    assert first.directory == second.directory
+
+
+def test_processes_that_start_together_write_once(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    code = (
+        "from pathlib import Path; from netslim.data import *; import netslim.data.write as w\n"
+        "write = w._write\n"
+        "def counted(*args): print('wrote'); write(*args)\n"
+        "w._write = counted\n"
+        f"prepare(DataConfig(source='folder', root=Path({str(config.root)!r}), cache=Path({str(config.cache)!r}), "
+        "size=16), quiet=True)"
+    )
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    output = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(output) == ["", "wrote\n"]
+
+
+def test_an_unreadable_image_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    (tmp_path / "images" / "train" / "dog" / "7.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"train/dog/7\.png cannot be read"):
+        prepare(config, quiet=True)
+    assert leftovers(config) == []
+
+
+def test_what_a_killed_writer_left_is_swept_away(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    directory = prepare(config, quiet=True).directory
+    assert directory is not None
+    directory.rename(config.cache / f".{directory.name}.0123abcd")
+    prepare(config, quiet=True)
+    assert leftovers(config) == [directory.name]
+
+
+@pytest.mark.parametrize("name", ["train.beton", "test.beton"])
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str) -> None:
+    config = make_folder(tmp_path)
+    directory = prepare(config, quiet=True).directory
+    assert directory is not None
+    os.truncate(directory / name, 1000)
+    with pytest.raises(ValueError, match=rf"{name} has 1000 bytes, .*; delete {directory} and run again"):
+        prepare(config, quiet=True)
+
+
+def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    directory = prepare(config, quiet=True).directory
+    assert directory is not None
+    with (directory / "train.beton").open("r+b") as file:
+        file.seek(2**21 + 5)
+        (byte,) = file.read(1)
+        file.seek(-1, io.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(ValueError, match=r"train\.beton has changed since it was written .*delete"):
+        prepare(config, quiet=True)
+
+
+def test_a_damaged_info_file_is_refused(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    directory = prepare(config, quiet=True).directory
+    assert directory is not None
+    (directory / "info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"info\.json is not what was written .*delete"):
+        prepare(config, quiet=True)
+
+
+def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_folder(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 2**20))
+    with pytest.raises(OSError, match=r"no room in .*MiB are needed, 1 MiB are free; .*--data\.cache") as raised:
+        prepare(config, quiet=True)
+    assert raised.value.errno == errno.ENOSPC
+    assert leftovers(config) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from netslim.data import ffcv_door
+
+    def full(self: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = make_folder(tmp_path)
+    monkeypatch.setattr(ffcv_door.MemoryAllocator, "flush_page", full)
+    with pytest.raises(OSError, match=r"no room in .*--data\.cache") as raised:
+        prepare(config, quiet=True)
+    assert raised.value.errno == errno.ENOSPC
+    assert leftovers(config) == []
+
+
+def test_a_page_written_in_part_is_taken_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from netslim.data import ffcv_door
+
+    whole = ffcv_door.MemoryAllocator.flush_page
+
+    def short(self: Any) -> None:
+        if self.my_page >= 0:
+            self.page_data = self.page_data[:-4096]
+        whole(self)
+
+    config = make_folder(tmp_path)
+    monkeypatch.setattr(ffcv_door.MemoryAllocator, "flush_page", short)
+    with pytest.raises(OSError, match="no room"):
+        prepare(config, quiet=True)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/cache cannot be written .*--data\.cache"):
+        prepare(replace(config, cache=tmp_path / "file" / "cache"), quiet=True)
+
+
+def test_the_torch_loader_writes_only_the_figures(tmp_path: Path) -> None:
+    config = make_folder(tmp_path)
+    ffcv, torch = prepare(config, quiet=True), prepare(replace(config, loader="torch"), quiet=True)
+    assert torch == replace(ffcv, directory=None, loader="torch")
+    assert [len(list((config.cache / name).iterdir())) for name in sorted(leftovers(config))] in ([1, 3], [3, 1])
+
+
+def test_without_ffcv_auto_warns_and_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_ffcv(monkeypatch)
+    with pytest.warns(UserWarning, match="ffcv cannot be imported"):
+        assert choose_loader(DataConfig()) == "torch"
+
+
+def test_without_ffcv_asking_for_it_is_an_error_with_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_ffcv(monkeypatch)
+    with pytest.raises(ValueError, match=r"pip install 'netslim\[ffcv\]'.*--data\.loader torch"):
+        choose_loader(DataConfig(loader="ffcv"))
+
+
+def hide_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
+    import netslim.data
+
+    monkeypatch.delattr(netslim.data, "ffcv_door", raising=False)
+    monkeypatch.setitem(sys.modules, "netslim.data.ffcv_door", None)

@@ -1,0 +1,213 @@
+"""The command line: what a user sees for help, and for each mistake."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from netslim.launch.cli import dispatch
+from netslim.launch.mistakes import guarded
+
+Netslim = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def netslim(capfd: pytest.CaptureFixture[str], data_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Netslim:
+    """Runs a command line in this process; gives the exit code and what went to stderr."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capfd.readouterr()
+        code = guarded(lambda: dispatch([str(argument) for argument in arguments]))
+        return code, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, data_cache: Path) -> list[object]:
+    """Flags of the smallest run there is: one process, one epoch."""
+    return [
+        *("digits", "--run-dir", tmp_path / "run", "--data.cache", data_cache, "--num-processes", 1),
+        *("--model.width", 0.0625, "--sparsify.epochs", 1, "--finetune.epochs", 1, "--data.batch-size", 256),
+        *("--record.wandb", "disabled", "--data.size", 16),
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An image folder of two classes with four images in each split."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            directory = tmp_path / "images" / split / name
+            directory.mkdir(parents=True)
+            for number in range(4):
+                Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+                    directory / f"{number}.png"
+                )
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one page that is full."""
+    directory = tmp_path / "full"
+    directory.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() != 0 or mount is None:
+        pytest.skip("only root may mount a small file system")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a file system")
+    yield directory
+    subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def assert_one_line(error: str, *parts: str) -> None:
+    assert error.count("\n") == 1, error
+    assert error.startswith("netslim: ")
+    for part in parts:
+        assert part in error
+
+
+def test_help_names_commands_and_presets(capfd: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["--help"]) == 0
+    text = capfd.readouterr().out
+    for word in ("run", "sparsify", "prune", "finetune", "data", "digits", "lab-vgg19-cifar10", "resnet50-imagenet"):
+        assert word in text
+
+
+def test_help_of_a_preset_lists_its_fields(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        dispatch(["run", "digits", "--help"])
+    assert stop.value.code == 0
+    text = capfd.readouterr().out
+    for word in ("--prune.ratio", "--sparsity.weight", "--run-dir", "--config", "default: 0.5 0.9"):
+        assert word in text
+
+
+def test_the_console_script_ends_a_mistake_with_one_line_and_code_2() -> None:
+    script = Path(sys.executable).with_name("netslim")
+    result = subprocess.run([script, "run", "digit"], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_one_line(result.stderr, "no preset is called 'digit'", "digits")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["rum", "digits"], ["no command is called 'rum'", "run"]),
+        (["run", "lab"], ["no preset is called 'lab'", "lab-vgg19-cifar10"]),
+        (["run", "digits", "--prun.ratio", "0.5"], ["--prun.ratio", "--prune.ratio"]),
+        (["run", "digits", "--model.name", "vgg91"], ["no model is called 'vgg91'", "vgg19"]),
+        (["run", "digits", "--data.source", "cifar"], ["'cifar'", "cifar10", "cifar100", "folder"]),
+        (["run", "digits", "--prune.ratio", "1.0"], ["prune.ratio is 1.0", "less than 1"]),
+        (["run", "digits", "--prune.ratio", "-0.5"], ["prune.ratio is -0.5", "greater than or equal to 0"]),
+        (["run", "digits", "--sparsity.weight", "-1"], ["sparsity.weight is -1", "greater than or equal to 0"]),
+        (["run", "digits", "--num-processes", "3"], ["batch size 64 is not a multiple of 3 ranks", "try", "63"]),
+        (["run", "digits", "--engine.precision", "fp16"], ["fp16 needs a GPU", "bf16"]),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line(
+    arguments: list[str], parts: list[str], netslim: Netslim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, error = netslim(*arguments)
+    assert code == 2
+    assert_one_line(error, *parts)
+    assert not any(tmp_path.iterdir())
+
+
+def test_more_processes_than_gpus_is_refused(
+    netslim: Netslim, tiny: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    code, error = netslim("run", *tiny, "--no-cpu", "--num-processes", 2)
+    assert code == 2
+    assert_one_line(error, "2 processes need as many GPUs and this machine has 1", "--num-processes 1")
+
+
+def test_an_empty_class_folder_is_named(netslim: Netslim, tiny: list[object], folder: Path) -> None:
+    shutil.rmtree(folder / "train" / "dog")
+    (folder / "train" / "dog").mkdir()
+    code, error = netslim("data", *tiny, "--data.source", "folder", "--data.root", folder)
+    assert code == 2
+    assert_one_line(error, "train/dog")
+
+
+def test_a_truncated_image_is_named(netslim: Netslim, tiny: list[object], folder: Path) -> None:
+    image = folder / "train" / "cat" / "2.png"
+    image.write_bytes(image.read_bytes()[:200])
+    code, error = netslim("data", *tiny, "--data.source", "folder", "--data.root", folder)
+    assert code == 2
+    assert_one_line(error, str(image))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit flipped"])
+def test_a_damaged_beton_is_refused(
+    damage: str, netslim: Netslim, tiny: list[object], folder: Path, tmp_path: Path
+) -> None:
+    flags = [*tiny, "--data.source", "folder", "--data.root", folder, "--data.cache", tmp_path / "cache"]
+    assert netslim("data", *flags)[0] == 0
+    (beton,) = (tmp_path / "cache").glob("*/train.beton")
+    content = bytearray(beton.read_bytes())
+    content[-1] ^= 1
+    beton.write_bytes(content[: len(content) // 2] if damage == "truncated" else content)
+    code, error = netslim("data", *flags)
+    assert code == 2
+    assert_one_line(error, "train.beton")
+
+
+@pytest.mark.parametrize(
+    ("stage", "first"), [("prune", "netslim sparsify digits"), ("finetune", "netslim prune digits")]
+)
+def test_a_missing_artefact_names_the_command_that_makes_it(
+    stage: str, first: str, netslim: Netslim, tiny: list[object]
+) -> None:
+    code, error = netslim(stage, *tiny)
+    assert code == 2
+    assert_one_line(error, "holds no finished stage", first)
+
+
+def test_a_run_directory_of_another_configuration_lists_the_fields_that_differ(
+    netslim: Netslim, tiny: list[object]
+) -> None:
+    netslim("prune", *tiny)  # claims the directory, then misses its artefact
+    code, error = netslim("run", *tiny, "--sparsity.weight", "0.1", "--seed", "3")
+    assert code == 2
+    assert_one_line(error, "sparsity.weight was 0.005, now 0.1", "seed was 0, now 3", "another --run-dir")
+
+
+@pytest.mark.parametrize("place", ["below a file", "where nobody may write"])
+def test_a_run_directory_that_cannot_be_made_is_named(
+    place: str, netslim: Netslim, tiny: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    directory = tmp_path / "file" / "run" if place == "below a file" else Path("/proc/self/run")
+    code, error = netslim("run", *tiny, "--run-dir", directory)
+    assert code == 2
+    assert_one_line(error, str(directory))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_no_stage_that_looks_complete(
+    netslim: Netslim, tiny: list[object], full_disk: Path
+) -> None:
+    code, error = netslim("run", *tiny, "--run-dir", full_disk)
+    assert code == 2
+    assert "No space left on device" in error
+    assert not list(full_disk.glob("*/metrics.json"))
+
+
+def test_a_network_without_batch_norm_is_refused(netslim: Netslim, tiny: list[object]) -> None:
+    code, error = netslim("run", *tiny, "--model.name", "squeezenet1_1", "--model.width", 1, "--data.size", 32)
+    assert code == 2
+    assert "no BatchNorm" in error

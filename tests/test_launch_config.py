@@ -1,0 +1,93 @@
+"""Configuration: preset, file, flags; and what a mistake in them says."""
+
+from pathlib import Path
+
+import pytest
+
+from netslim.launch.config import RunConfig, differences, parse, to_dict
+from netslim.launch.presets import PRESETS, find_preset
+
+
+def resolve(*arguments: str) -> RunConfig:
+    return parse("netslim run digits", "", PRESETS["digits"](), arguments)
+
+
+def test_flags_override_a_file_which_overrides_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("sparsity: {weight: 1e-4}\nsparsify:\n  epochs: 3\n")
+    config = resolve("--config", str(file), "--sparsify.epochs", "5")
+    assert (config.sparsity.weight, config.sparsify.epochs, config.data.batch_size) == (1e-4, 5, 64)
+
+
+def test_several_ratios_are_given_one_after_the_other() -> None:
+    assert resolve("--prune.ratio", "0.3", "0.7").prune.ratio == (0.3, 0.7)
+
+
+def test_a_json_file_gives_back_the_configuration_it_was_made_of(tmp_path: Path) -> None:
+    import json
+
+    config = resolve("--seed", "4", "--engine.compile")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_dict(config)))
+    assert resolve("--config", str(file)) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves_and_says_where_it_comes_from(name: str) -> None:
+    make = find_preset(name)
+    assert isinstance(make(), RunConfig)
+    for word in ("Origin:", "Hardware:", "Expected", f"Command: netslim run {name}"):
+        assert word in (make.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prune.ratio", "1.0"], "prune.ratio is 1.0: input should be less than 1"),
+        (["--prune.ratio", "-0.1"], "prune.ratio is -0.1: input should be greater than or equal to 0"),
+        (["--prune.ratio", "0.5", "0.5"], "names a ratio twice"),
+        (["--sparsity.weight", "-1e-5"], "sparsity.weight is -1e-05: input should be greater than or equal to 0"),
+        (["--sparsity.weight", "nan"], "sparsity.weight is nan"),
+        (["--ratio", "0.5"], "there is no field --ratio; the nearest are --prune.ratio"),
+        (["--sparsify.epoch", "3"], "there is no field --sparsify.epoch; the nearest are --sparsify.epochs"),
+        (["--seed", "x"], "--seed: invalid literal for int"),
+        (["--data.source", "digit"], "--data.source"),
+        (["--sparsify.schedule", "cosin"], "invalid choice 'cosin' for argument '--sparsify.schedule'"),
+        (["--sparsify.nesterov", "--sparsify.momentum", "0"], "nesterov needs a momentum"),
+        (["--config"], "--config needs a file"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml: there is no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_field_and_rule(arguments: list[str], message: str) -> None:
+    with pytest.raises((ValueError, OSError)) as caught:
+        resolve(*arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prune: {rato: 0.5}", "there is no field prune.rato; the nearest are prune.ratio"),
+        ("seed: many", "seed is 'many': input should be a valid integer"),
+        ("- 1", "holds list, not fields with values"),
+        ("a: [", "neither JSON nor YAML"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file_and_the_field(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml") as caught:
+        resolve("--config", str(file))
+    assert message in str(caught.value)
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no preset is called 'digit'; the nearest are digits"):
+        find_preset("digit")
+
+
+def test_differences_name_the_fields_and_pass_over_where_a_run_is_made() -> None:
+    old = to_dict(resolve())
+    new = to_dict(resolve("--sparsify.epochs", "2", "--num-processes", "1", "--record.wandb", "offline"))
+    assert differences(old, new) == ["sparsify.epochs was 14, now 2"]

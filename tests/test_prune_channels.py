@@ -1,0 +1,198 @@
+"""What the channel map finds prunable, and the reasons that it gives for the rest."""
+
+import copy
+
+import pytest
+import torch
+from test_prune_nets import EXAMPLE, NETS, Catenated, Gated, Residual, Shuffling, block, chain
+from torch import Tensor, nn
+from torchvision import models
+
+from netslim.prune import map_channels
+
+
+def reasons(model: nn.Module) -> dict[str, list[str]]:
+    return {layer.name: [text for text, _ in layer.reasons] for layer in map_channels(model, EXAMPLE).layers}
+
+
+class Last(nn.Module):
+    """A prunable block, then `between` before the last convolution."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.block, self.between, self.last = block(3, 4), block(4, 4), between, nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.block(self.first(x))))
+
+
+def test_a_chain_is_wholly_prunable():
+    assert all(not why for why in reasons(chain(4, 6)).values())
+
+
+def test_branches_that_are_concatenated_are_wholly_prunable():
+    assert all(not why for why in reasons(Catenated()).values())
+
+
+def test_a_residual_network_is_prunable_inside_its_block_only():
+    found = {layer.name: layer.num_prunable for layer in map_channels(Residual(), EXAMPLE).layers}
+    assert found == {"stem.1": 0, "inner.1": 12, "outer.1": 0}
+
+
+def test_a_residual_branch_names_the_sum_that_freezes_it():
+    assert reasons(Residual())["outer.1"] == ["summed with another branch at 'add'"]
+
+
+def test_a_sum_inside_a_module_is_named_with_the_module():
+    with torch.device("meta"):
+        model = models.resnet18(weights=None)
+    assert reasons(model)["layer1.0.bn2"] == ["summed with another branch at 'layer1.0.add'"]
+
+
+def test_each_other_reason_is_given_with_its_place():
+    assert reasons(Gated()) == {
+        "first.1": ["grouped convolution 'deep.0'"],
+        "deep.1": ["grouped convolution 'deep.0'"],
+        "late": ["read before its BatchNorm by 'peek'"],
+        "inner.1": [],
+    }
+
+
+def test_moving_data_freezes_only_where_it_counts_channels():
+    found = reasons(Shuffling())
+    assert found["a.1"] == ["'chunk' chooses channels by position at 'chunk'"]
+    assert found["c.1"] == found["e.1"] == []
+    assert found["d.1"] == ["'view' lays channels over two dimensions at 'view_1'"]
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (nn.Sigmoid(), "operation 'sigmoid' is not zero at zero at 'between'"),
+        (nn.Upsample(scale_factor=2), "operation 'Upsample' is not known to keep channels apart at 'between'"),
+        (nn.BatchNorm2d(4), "normalised again by BatchNorm 'between'"),
+    ],
+)
+def test_an_operation_between_blocks_is_named(between, reason):
+    assert reasons(Last(between))["block.1"] == [reason]
+
+
+def test_a_batchnorm_without_gamma_is_not_prunable():
+    model = chain(4, 6)
+    model[0][1] = nn.BatchNorm2d(4, affine=False)
+    assert reasons(model)["0.1"] == ["BatchNorm '0.1' has no gamma (affine=False)"]
+
+
+def test_a_module_that_is_used_twice_is_not_prunable():
+    twice = block(4, 4)
+    assert reasons(nn.Sequential(block(3, 4), twice, twice, block(4, 4), nn.Conv2d(4, 2, 1)))["1.1"] == [
+        "module used more than once '1.0'"
+    ]
+
+
+def test_layers_that_share_a_weight_are_not_prunable():
+    model = nn.Sequential(block(3, 4), block(4, 4), block(4, 4), block(4, 4), nn.Conv2d(4, 2, 1))
+    model[2][0].weight = model[1][0].weight
+    assert reasons(model)["1.1"] == ["'2.0' and '1.0' share a parameter"]
+
+
+def test_a_parametrized_convolution_is_not_prunable():
+    model = chain(4, 6)
+    nn.utils.parametrizations.weight_norm(model[2][0])
+    assert reasons(model)["2.1"] == ["'2.0' computes its weight from other tensors"]
+
+
+def test_a_size_written_into_a_view_is_not_prunable():
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block, self.head = block(3, 4), block(4, 4), nn.Linear(4 * 1024, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(self.first(x)).view(-1, 4096))
+
+    assert reasons(Fixed())["block.1"][0].startswith("the number of channels is written into 'view'")
+
+
+def test_one_channel_read_as_several_gammas_is_not_prunable():
+    flat = [nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)]
+    model = nn.Sequential(block(3, 4), *flat, nn.Linear(12, 2))
+    assert reasons(model)["4"] == ["one channel of '1' has several gammas"]
+
+
+def test_synchronised_batchnorms_are_mapped_like_others():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(chain(4, 6))
+    assert all(all(layer.prunable) for layer in map_channels(model, EXAMPLE).layers)
+
+
+def test_outputs_of_the_network_stay():
+    assert reasons(nn.Sequential(block(3, 4), block(4, 4)))["1.1"] == ["network output"]
+
+
+def test_a_network_without_batchnorm_is_refused():
+    with pytest.raises(ValueError, match="no BatchNorm"):
+        map_channels(nn.Sequential(nn.Conv2d(3, 4, 1)), EXAMPLE)
+
+
+def test_a_network_with_everything_frozen_is_refused_with_the_reasons():
+    with pytest.raises(ValueError, match=r"no channel of the network is prunable: '0.1': network output"):
+        map_channels(nn.Sequential(block(3, 4)), EXAMPLE)
+
+
+def test_a_branch_on_values_is_refused_naming_its_module_and_a_remedy():
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"cannot trace module 'between': .*; move branches"):
+        map_channels(Last(Branching()), EXAMPLE)
+
+
+def test_an_example_that_does_not_fit_is_refused_naming_the_layer():
+    with pytest.raises(ValueError, match=r"does not run on an example of shape \(1, 5, 8, 8\): '0.0' says"):
+        map_channels(chain(4, 6), torch.zeros(2, 5, 8, 8))
+
+
+def test_heads_that_only_training_runs_are_refused_by_name():
+    with torch.device("meta"):
+        model = models.googlenet(weights=None, aux_logits=True, init_weights=False)
+    with pytest.raises(ValueError, match=r"never calls 'aux1.conv.conv'.*; build it without auxiliary heads"):
+        map_channels(model, EXAMPLE)
+
+
+def test_a_network_that_reads_values_while_running_is_mapped_all_the_same():
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.grid = chain(4, 6), torch.ones(1, 1, 32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x * self.grid.clone().to("cpu"))
+
+    assert map_channels(Reading(), EXAMPLE).layers[0].num_prunable == 4
+
+
+def test_mapping_leaves_the_model_as_it_was():
+    model = chain(4, 6).train()
+    before = copy.deepcopy(model.state_dict())
+    map_channels(model, EXAMPLE)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_gammas_to_penalise_are_those_of_layers_with_prunable_channels():
+    model = Residual()
+    channels = map_channels(model, EXAMPLE)
+    assert [id(gamma) for gamma in channels.gammas(model)] == [id(model.inner[1].weight)]
+    assert {name: mask.tolist() for name, mask in channels.prunable(model).items()} == {"inner.1": [True] * 12}
+
+
+def test_a_map_of_another_network_is_refused():
+    with pytest.raises(ValueError, match=r"no BatchNorm of 4 at '0.1'"):
+        map_channels(chain(4, 6), EXAMPLE).gammas(chain(5, 6))
+
+
+def test_the_map_prints_one_line_per_batchnorm():
+    lines = str(map_channels(NETS["residual"](), EXAMPLE)).splitlines()
+    assert lines[-1] == "12 of 28 channels are prunable"
+    assert len(lines) == 5

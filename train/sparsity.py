@@ -1,0 +1,131 @@
+"""The L1 penalty on BatchNorm scales that makes channels removable (Liu et al. 2017, eq. 1, arXiv 1708.06519)."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class SparsityConfig:
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
+    """Lambda: weight of the L1 term on all prunable BatchNorm scales, per optimizer step."""
+    method: Literal["subgradient", "proximal"] = "subgradient"
+    """subgradient: lambda x sign(gamma) joins the gradient; proximal: soft threshold after the step, true zeros."""
+
+
+class GammaPenalty:
+    """Adds the subgradient of ``weight * sum(|gamma|)``, or its proximal step, to an optimizer exactly once a step.
+
+    ``attach`` hooks it into the optimizer's own ``step``, which runs after the gradients were summed over ranks and
+    accumulation steps, unscaled and clipped, and not at all where a scaler skips the step. So nothing scales the
+    penalty, and each rank does the same. Works with any torch optimizer, on its own, under DDP or Accelerate:
+
+        penalty = GammaPenalty(model, weight=1e-4).attach(optimizer)
+
+    Arguments: the model, whose BatchNorm scales are found by type, or the gammas themselves; ``weight`` is lambda,
+    at least 0; ``method`` as in ``SparsityConfig``. Raises ValueError where there is no gamma or lambda is below 0.
+    """
+
+    def __init__(
+        self,
+        gammas: nn.Module | Sequence[nn.Parameter],
+        weight: float,
+        method: Literal["subgradient", "proximal"] = "subgradient",
+    ) -> None:
+        if isinstance(gammas, nn.Module):
+            gammas = [module.weight for module in gammas.modules() if isinstance(module, _BatchNorm) and module.affine]
+        self.gammas: list[Tensor] = [gamma for gamma in gammas if gamma.requires_grad]
+        self.weight = weight
+        self.method = method
+        if not self.gammas:
+            raise ValueError("there is no trainable BatchNorm scale to penalise; use a network with BatchNorm layers")
+        if not weight >= 0:
+            raise ValueError(f"sparsity.weight is lambda and at least 0, not {weight}")
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
+        """Hook the penalty into ``optimizer.step``; ``detach`` takes it out again."""
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not all(id(gamma) in known for gamma in self.gammas):
+            raise ValueError("the optimizer does not hold all penalised gammas; build it from the same model")
+        if self.method == "subgradient":
+            self._hook = optimizer.register_step_pre_hook(self._add_subgradient)
+        else:
+            self._hook = optimizer.register_step_post_hook(self._shrink)
+        return self
+
+    def detach(self) -> None:
+        self._hook.remove()
+
+    @torch.no_grad()
+    def _add_subgradient(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # A fused optimizer unscales inside its step: only then are the gradients still scaled here.
+        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+        gradients = []
+        for gamma in self.gammas:
+            if gamma.grad is None:
+                gamma.grad = torch.zeros_like(gamma)
+            gradients.append(gamma.grad)
+        signs = list(torch._foreach_sign(self.gammas))
+        if scale is not None:
+            torch._foreach_mul_(signs, scale.to(signs[0].device))
+        torch._foreach_add_(gradients, signs, alpha=self.weight)
+
+    @torch.no_grad()
+    def _shrink(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # A fused optimizer is called also where the scaler found an overflow, and then leaves the weights alone.
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return
+        penalised = {id(gamma) for gamma in self.gammas}
+        for group in optimizer.param_groups:
+            gammas = [parameter for parameter in group["params"] if id(parameter) in penalised]
+            if gammas:
+                # In the long run momentum moves a weight by lr / (1 - momentum) per unit of gradient. The threshold
+                # must be as far, or the balance with the loss would be that of a lambda (1 - momentum) times as large.
+                soft_threshold_(gammas, self.weight * group["lr"] / (1 - group.get("momentum", 0.0)))
+
+
+def soft_threshold_(values: list[Tensor], threshold: float) -> None:
+    """Move every entry towards zero by ``threshold``, and to exactly zero where it is nearer than that, in place.
+
+    The proximal operator of ``threshold * |x|`` (Parikh and Boyd 2014, section 6.5.2).
+    """
+    magnitudes = list(torch._foreach_abs(values))
+    torch._foreach_sub_(magnitudes, threshold)
+    torch._foreach_clamp_min_(magnitudes, 0.0)
+    torch._foreach_mul_(magnitudes, list(torch._foreach_sign(values)))
+    torch._foreach_copy_(values, magnitudes)
+
+
+@torch.no_grad()
+def gamma_summary(gammas: Sequence[Tensor]) -> dict[str, float]:
+    """Median |gamma| and the shares below 1e-2 and 1e-3, over all channels."""
+    magnitudes = torch.cat([gamma.detach().abs().flatten() for gamma in gammas])
+    return {
+        "gamma_median": magnitudes.median().item(),
+        "gamma_below_1e-2": (magnitudes < 1e-2).float().mean().item(),
+        "gamma_below_1e-3": (magnitudes < 1e-3).float().mean().item(),
+    }
+
+
+def describe_pull(gammas: Sequence[Tensor], weight: float, travel: float) -> tuple[str, bool]:
+    """One line that says whether lambda can bring the gammas to zero in this schedule, and whether it is a warning.
+
+    ``travel`` is sum of lr / (1 - momentum) over the schedule, so that weight * travel, the *pull*, is the farthest
+    that the penalty alone can move a gamma. A pull below the median |gamma| leaves most gammas where they are: the
+    global threshold then cuts channels that matter, and the accuracy after the cut falls to chance level.
+    """
+    pull, median = weight * travel, gamma_summary(gammas)["gamma_median"]
+    line = f"pull {pull:.3g} = lambda {weight:g} x sum of lr / (1 - momentum) {travel:.4g}; median |gamma| {median:.3g}"
+    if weight == 0 or pull >= median:
+        return line, False
+    return (
+        f"{line}: this lambda cannot bring the gammas to zero in this schedule, so that pruning will cut channels that "
+        f"matter; a lambda of {median / travel:.1g} or more can, or more epochs, or a higher learning rate",
+        True,
+    )
