@@ -123,7 +123,7 @@ def _digits(size: int) -> Source:
         train=ArraySplit(images[~test], labels[~test].tolist(), size),
         test=ArraySplit(images[test], labels[test].tolist(), size),
         classes=tuple(str(name) for name in raw.target_names),
-        fingerprint=hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+        fingerprint=hashlib.sha256(images.tobytes() + labels.tobytes() + test.tobytes()).hexdigest(),
     )
 
 

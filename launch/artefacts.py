@@ -64,13 +64,14 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def claim(directory: Path, preset: str, config: RunConfig) -> None:
-    """Make the run directory, or check that it was made with the same configuration; keeps config.json.
+    """Make the run directory, or check that its stages were made with the same configuration; keeps config.json.
 
     Raises ValueError that lists the fields which differ, and OSError where the directory can't be written.
     """
     path = directory / "config.json"
     values = {"preset": preset, **to_dict(config)}
-    if path.is_file():
+    # a run that ended before its first stage began holds nothing that another configuration would mix with
+    if path.is_file() and (directory / "sparse").is_dir():
         differing = differences(read_json(path), values)
         if differing:
             raise ValueError(

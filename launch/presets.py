@@ -19,9 +19,10 @@ def digits() -> RunConfig:
         data=DataConfig(source="digits", size=32, batch_size=64, flip=False, pad=2),
         model=ModelConfig(name="vgg11", width=0.25),
         sparsify=FitConfig(epochs=14, lr=0.1, schedule="onecycle", weight_decay=1e-4),
-        sparsity=SparsityConfig(weight=5e-3),
-        prune=PruneConfig(ratio=(0.5, 0.9)),
-        finetune=FitConfig(epochs=6, lr=0.05, schedule="onecycle", weight_decay=1e-4),
+        sparsity=SparsityConfig(weight=1e-2),
+        # without a floor 90 % leaves single channels, through which little can be learnt
+        prune=PruneConfig(ratio=(0.5, 0.9), min_share=0.05),
+        finetune=FitConfig(epochs=10, lr=0.05, schedule="onecycle", weight_decay=1e-4),
         cpu=True,
         num_processes=2,
     )

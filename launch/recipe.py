@@ -20,7 +20,7 @@ from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset
 from netslim.launch.report import write_results
-from netslim.prune import Plan, cost, cut, largest_difference, load_plan, make_plan, map_channels
+from netslim.prune import ChannelMap, Plan, cost, cut, largest_difference, load_plan, make_plan, map_channels
 from netslim.train import FitConfig, Record, Runtime, build_model, evaluate, fit
 
 STAGES = ("sparsify", "prune", "finetune")
@@ -49,12 +49,15 @@ class Job:
         """Whether a stage is complete; rank 0 looks, so that all ranks agree also where storage lags."""
         return self.run.on_main(lambda: is_complete(directory))
 
-    def command(self, stage: str) -> str:
-        return f"netslim {stage} {self.preset} --run-dir {self.directory}"
+    def read(self, directory: Path, command: str) -> nn.Module:
+        """The model that a stage left, on every rank; an error names the command that makes it."""
+        command = f"netslim {command} {self.preset} --run-dir {self.directory}"
+        return self.run.on_all(lambda: read_stage(directory, self.build, command))
 
 
 def run_recipe(job: Job, stages: Sequence[str] = STAGES) -> None:
     """Sparsify once; then for each ratio cut the same sparse model and fine-tune what is left."""
+    rehearse(job)
     if "sparsify" in stages:
         sparsify(job)
     for ratio in job.config.prune.ratio:
@@ -62,6 +65,18 @@ def run_recipe(job: Job, stages: Sequence[str] = STAGES) -> None:
             prune(job, ratio)
         if "finetune" in stages:
             finetune(job, ratio)
+
+
+def rehearse(job: Job) -> None:
+    """Plan every cut on the untrained network: a ratio that the floors do not allow fails before any training."""
+
+    def plan_all() -> None:
+        model = job.build()
+        channels = map_channels(model, blank_image(job))
+        for ratio in job.config.prune.ratio:
+            plan_cut(job, model, channels, ratio)
+
+    job.run.on_main(plan_all)
 
 
 def sparsify(job: Job) -> None:
@@ -77,22 +92,15 @@ def sparsify(job: Job) -> None:
 
 def prune(job: Job, ratio: float) -> None:
     """Rank 0 ranks all scales against one threshold and makes the plan; every rank cuts the same channels."""
-    directory, run, config = job.path("prune", ratio), job.run, job.config
+    directory, run = job.path("prune", ratio), job.run
     if job.is_done(directory):
         return
     started = time.perf_counter()
-    sparse = read_stage(job.path("sparse"), job.build, job.command("sparsify"))
+    sparse = job.read(job.path("sparse"), "sparsify")
 
     def decide() -> tuple[str, float]:
         images, _ = next(iter(job.loaders.test))
-        channels = map_channels(sparse, images[:16])
-        plan = make_plan(
-            channels.named_gammas(sparse),
-            channels,
-            ratio=ratio,
-            min_channels=config.prune.min_channels,
-            min_share=config.prune.min_share,
-        )
+        plan = plan_cut(job, sparse, map_channels(sparse, images[:16]), ratio)
         difference = largest_difference(sparse, cut(sparse, plan), plan, images[:16])
         if not difference <= 1e-5:
             raise RuntimeError(f"the network cut at ratio {ratio} differs from the masked one by {difference:.2g}")
@@ -115,13 +123,23 @@ def prune(job: Job, ratio: float) -> None:
         "difference_from_masked": difference,
         "plan_digest": plan.digest,
     }
-    finish(job, small, plan, directory, metrics, started)
-    if run.is_main:
-        print(
-            f"{directory.name}: {plan.num_removed} of {plan.num_channels} channels removed, "
-            f"accuracy {evaluation.accuracy:.4f}, cut and masked network differ by {difference:.1e}",
-            flush=True,
+    with open_record(job, directory, metrics) as record:
+        record.say(
+            f"{plan.num_removed} of {plan.num_channels} channels removed, accuracy {evaluation.accuracy:.4f}, "
+            f"cut and masked network differ by {difference:.1e}"
         )
+        record.finish(finish(job, small, plan, directory, metrics, started))
+
+
+def plan_cut(job: Job, model: nn.Module, channels: ChannelMap, ratio: float) -> Plan:
+    floors = job.config.prune
+    return make_plan(
+        channels.named_gammas(model),
+        channels,
+        ratio=ratio,
+        min_channels=floors.min_channels,
+        min_share=floors.min_share,
+    )
 
 
 def finetune(job: Job, ratio: float) -> None:
@@ -129,7 +147,7 @@ def finetune(job: Job, ratio: float) -> None:
     directory, source = job.path("finetune", ratio), job.path("prune", ratio)
     if job.is_done(directory):
         return
-    small = read_stage(source, job.build, job.command("prune"))
+    small = job.read(source, "prune")
     row = {"stage": "finetuned", "ratio": ratio}
     train(job, small, job.config.finetune, directory, row, plan=load_plan(source))
 
@@ -146,14 +164,7 @@ def train(
 ) -> None:
     """Fit the model and leave the artefact; with ``gammas`` it is sparsity training."""
     started = time.perf_counter()
-    with Record(
-        directory.name,
-        directory,
-        is_main=job.run.is_main,
-        config=job.config.record,
-        run_name=job.directory.name,
-        settings={"preset": job.preset, "world_size": job.run.world_size, **row, **to_dict(job.config)},
-    ) as record:
+    with open_record(job, directory, row) as record:
         fitted = fit(
             model,
             job.loaders.train,
@@ -165,6 +176,17 @@ def train(
             sparsity=job.config.sparsity if gammas else None,
         )
         record.finish(finish(job, model, plan, directory, {**row, **fitted}, started))
+
+
+def open_record(job: Job, directory: Path, row: dict[str, Any]) -> Record:
+    return Record(
+        directory.name,
+        directory,
+        is_main=job.run.is_main,
+        config=job.config.record,
+        run_name=job.directory.name,
+        settings={"preset": job.preset, "world_size": job.run.world_size, **to_dict(job.config), **row},
+    )
 
 
 def finish(

@@ -178,13 +178,27 @@ def test_a_missing_artefact_names_the_command_that_makes_it(
     assert_one_line(error, "holds no finished stage", first)
 
 
+def test_a_ratio_that_the_floors_do_not_allow_is_refused_before_any_training(
+    netslim: Netslim, tiny: list[object], tmp_path: Path
+) -> None:
+    code, error = netslim("run", *tiny, "--prune.ratio", "0.9", "--prune.min-share", "0.5")
+    assert code == 2
+    assert_one_line(error, "ratio 0.9", "min_share 0.5", "the largest ratio possible is 0.5")
+    assert not (tmp_path / "run" / "sparse").exists()
+
+
+def test_a_mistake_can_be_mended_in_the_same_run_directory(netslim: Netslim, tiny: list[object]) -> None:
+    assert netslim("run", *tiny, "--prune.min-share", "0.5")[0] == 2
+    assert netslim("sparsify", *tiny)[0] == 0
+
+
 def test_a_run_directory_of_another_configuration_lists_the_fields_that_differ(
     netslim: Netslim, tiny: list[object]
 ) -> None:
-    netslim("prune", *tiny)  # claims the directory, then misses its artefact
+    assert netslim("sparsify", *tiny)[0] == 0
     code, error = netslim("run", *tiny, "--sparsity.weight", "0.1", "--seed", "3")
     assert code == 2
-    assert_one_line(error, "sparsity.weight was 0.005, now 0.1", "seed was 0, now 3", "another --run-dir")
+    assert_one_line(error, "sparsity.weight was 0.01, now 0.1", "seed was 0, now 3", "another --run-dir")
 
 
 @pytest.mark.parametrize("place", ["below a file", "where nobody may write"])

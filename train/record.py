@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TextIO, TypeVar
 
 import torch
 from pydantic import ConfigDict
@@ -51,11 +51,11 @@ class Record:
         self.stage = stage
         self.is_main = is_main
         self._shows_bars = is_main and sys.stderr.isatty()
-        self._file = None
+        self._path = directory / "metrics.jsonl"
+        self._file: TextIO | None = None
         self._wandb: Any = None
         if is_main:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = (directory / "metrics.jsonl").open("w", encoding="utf-8")
             if config is not None and config.wandb != "disabled":
                 self._wandb = _start_wandb(config, stage, run_name, directory.parent, settings or {}, self.say)
 
@@ -72,8 +72,10 @@ class Record:
 
     def epoch(self, metrics: dict[str, Any], model: nn.Module) -> None:
         """Append one epoch's metrics; W&B also gets a histogram of |gamma| per BatchNorm."""
-        if self._file is None:
+        if not self.is_main:
             return
+        if self._file is None:  # of the first epoch: what an earlier attempt left is replaced
+            self._file = self._path.open("w", encoding="utf-8")
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         self.say(

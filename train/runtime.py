@@ -15,6 +15,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     set_seed,
 )
 from pydantic import ConfigDict, Field
@@ -123,6 +124,21 @@ class Runtime:
             failure.is_echo = not self.is_main  # type: ignore[attr-defined]  # rank 0 reports it
             raise failure
         return cast(T, result)
+
+    def on_all(self, function: Callable[[], T]) -> T:
+        """Run on every rank; where it fails on any, every rank raises what the first of them raised."""
+        error: Exception | None = None
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+        errors: list[Exception | None] = gather_object([error])
+        for rank, first in enumerate(errors):
+            if first is not None:
+                own = first if error is None or rank != self.rank else error
+                own.is_echo = rank != self.rank  # type: ignore[attr-defined]
+                raise own
+        return result
 
     def check_equal(self, model: nn.Module, what: str) -> str:
         """Raise RuntimeError unless parameters and buffers are bitwise equal on all ranks; returns their digest."""
