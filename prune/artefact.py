@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,7 +18,6 @@ from netslim.prune.plan import Plan
 from netslim.prune.surgery import cut
 
 WEIGHTS, PLAN = "weights.safetensors", "plan.json"
-_NO_PLAN = "none"
 
 
 def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str]) -> None:
@@ -27,7 +28,8 @@ def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str])
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "netslim", "version": "1", "plan": _NO_PLAN if plan is None else plan.digest}
+    # one key: the order of several is random in the file, and equal networks should be equal bytes
+    metadata = {"netslim": json.dumps({"version": 1, "plan": None if plan is None else plan.digest})}
     contents = {WEIGHTS: safetensors.torch.save(_tensors(model), metadata)}
     if plan is not None:
         contents[PLAN] = plan.to_json().encode()
@@ -47,8 +49,8 @@ def load(directory: str | os.PathLike[str], build: Callable[[], nn.Module]) -> n
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     plan = load_plan(directory)
-    tensors, made_by = _read(path)
-    if made_by is not None and made_by != (_NO_PLAN if plan is None else plan.digest):
+    tensors, about = _read(path)
+    if about and about.get("plan") != (None if plan is None else plan.digest):
         raise ValueError(f"{path} and its {PLAN} are not of one save; save again")
     model = build()
     if plan is not None:
@@ -79,12 +81,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and what `save` said about them; nothing for another program's file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get("plan")  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            about: dict[str, Any] = json.loads(metadata.get("netslim", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
         what = str(error).partition("\n")[0]
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {what}") from None
 

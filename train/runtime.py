@@ -51,6 +51,9 @@ class Runtime:
     def __init__(self, config: EngineConfig, seed: int) -> None:
         check_devices(config, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.config = config
+        if uses_cpu():
+            # Without it Accelerate finds no GPU and, in silence, makes each process a job of its own.
+            os.environ["ACCELERATE_USE_CPU"] = "1"
         self._accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation,
@@ -67,6 +70,9 @@ class Runtime:
         self.engine = engines[kind]
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.world_size:
+            raise RuntimeError(f"the launcher started {started} processes, but {self.world_size} joined the group")
         self.is_main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
         # Dropout and stochastic depth draw from these; they must differ between ranks and repeat between runs.

@@ -1,0 +1,128 @@
+"""The main job as users start it: two processes through Accelerate's launcher, and the files they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(sys.executable).with_name("netslim")
+SHORT = [
+    *("--sparsify.epochs", "2", "--finetune.epochs", "1", "--model.width", "0.125", "--data.size", "16"),
+    *("--prune.ratio", "0.5", "0.9"),
+]
+
+
+def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(argument) for argument in arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def flags(data_cache: Path) -> list[object]:
+    return [*SHORT, "--data.cache", data_cache]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, flags: list[object]) -> Path:
+    """`netslim run digits`, shortened, in two processes, with W&B's record offline."""
+    directory = tmp_path_factory.mktemp("first") / "run"
+    done = call(SCRIPT, "run", "digits", "--run-dir", directory, *flags, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory, flags: list[object]) -> Path:
+    """The same under the user's own `accelerate launch`, which is not told that there is no GPU."""
+    directory = tmp_path_factory.mktemp("second") / "run"
+    launcher = [SCRIPT.with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
+    recipe = ["-m", "netslim.launch.recipe", "digits", "--run-dir", directory, *flags, "--record.wandb", "disabled"]
+    done = call(*launcher, *recipe, *(["--no-cpu"] if not torch.cuda.is_available() else []))
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def results(directory: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((directory / "results.json").read_text())
+    return values
+
+
+def test_results_name_the_processes_the_loader_and_every_stage(first: Path) -> None:
+    values = results(first)
+    about = {key: values[key] for key in ("preset", "world_size", "loader", "device", "engine")}
+    assert about == {"preset": "digits", "world_size": 2, "loader": "ffcv", "device": "cpu", "engine": "ddp"}
+    assert [(row["stage"], row["ratio"]) for row in values["rows"]] == [
+        ("sparse", 0.0),
+        ("cut", 0.5),
+        ("finetuned", 0.5),
+        ("cut", 0.9),
+        ("finetuned", 0.9),
+    ]
+
+
+def test_every_row_has_every_figure_and_smaller_networks_cost_less(first: Path) -> None:
+    rows = results(first)["rows"]
+    assert all(row[key] is not None for row in rows for key in ("accuracy", "params", "macs", "file_mb", "seconds"))
+    for key in ("params", "macs", "file_mb"):
+        assert rows[0][key] > rows[1][key] == rows[2][key] > rows[3][key]
+
+
+def test_two_runs_with_the_same_seed_end_with_the_same_bytes_under_either_launcher(first: Path, second: Path) -> None:
+    for stage in ("sparse", "prune-0.50", "finetune-0.50", "prune-0.90", "finetune-0.90"):
+        weights = [(directory / stage / "weights.safetensors").read_bytes() for directory in (first, second)]
+        assert weights[0] == weights[1], stage
+
+
+def test_each_stage_leaves_weights_configuration_and_metrics_of_every_epoch(first: Path) -> None:
+    for stage, epochs in (("sparse", 2), ("finetune-0.50", 1)):
+        lines = [json.loads(line) for line in (first / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
+        assert json.loads((first / stage / "config.json").read_text())["sparsify"]["epochs"] == 2
+        last = json.loads((first / stage / "metrics.json").read_text())
+        assert last["accuracy"] == lines[-1]["accuracy"]
+
+
+def test_a_pruned_model_has_its_plan_and_the_proof_of_the_cut(first: Path) -> None:
+    plan = json.loads((first / "prune-0.50" / "plan.json").read_text())
+    metrics = json.loads((first / "prune-0.50" / "metrics.json").read_text())
+    assert plan["num_removed"] == metrics["num_removed"] == metrics["num_channels"] // 2
+    assert 0 <= metrics["difference_from_masked"] <= 1e-5
+
+
+def test_wandb_has_one_offline_run_for_each_stage(first: Path) -> None:
+    assert len(list((first / "wandb").glob("offline-run-*/*.wandb"))) == 5
+
+
+def test_a_second_call_returns_what_is_there_and_another_ratio_starts_from_the_same_sparse_model(
+    first: Path, flags: list[object]
+) -> None:
+    before = (first / "sparse" / "weights.safetensors").stat().st_mtime_ns
+    again = [*flags, "--prune.ratio", "0.3", "--num-processes", "1", "--record.wandb", "disabled"]
+    done = call(SCRIPT, "prune", "digits", "--run-dir", first, *again)
+    assert done.returncode == 0, done.stderr
+    assert (first / "sparse" / "weights.safetensors").stat().st_mtime_ns == before
+    assert [row["ratio"] for row in results(first)["rows"] if row["stage"] == "cut"] == [0.3, 0.5, 0.9]
+
+
+def test_a_damaged_artefact_ends_both_ranks_with_one_line_and_code_2(second: Path, flags: list[object]) -> None:
+    weights = second / "sparse" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    extra = ["--prune.ratio", "0.4", "--record.wandb", "disabled"]
+    done = call(SCRIPT, "prune", "digits", "--run-dir", second, *flags, *extra)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("netslim: ")]
+    assert len(lines) == 1, done.stderr
+    assert str(weights) in lines[0]
+    assert "Traceback" not in done.stderr
