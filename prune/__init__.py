@@ -4,7 +4,7 @@ from netslim.prune.artefact import load, load_plan, save
 from netslim.prune.channels import ChannelMap, map_channels
 from netslim.prune.cost import Cost, cost
 from netslim.prune.plan import Plan, make_plan
-from netslim.prune.surgery import cut, largest_difference, masked, slim
+from netslim.prune.surgery import cut, largest_difference, masked, prove, slim
 
 __all__ = [
     "ChannelMap",
@@ -18,6 +18,7 @@ __all__ = [
     "make_plan",
     "map_channels",
     "masked",
+    "prove",
     "save",
     "slim",
 ]

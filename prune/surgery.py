@@ -89,13 +89,19 @@ def slim(
     gammas = channels.named_gammas(model)
     plan = make_plan(gammas, channels, ratio=ratio, min_channels=min_channels, min_share=min_share)
     small = cut(model, plan)
+    prove(model, small, plan, example)
+    return small, plan
+
+
+def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> float:
+    """Return `largest_difference`, or raise RuntimeError where it exceeds the tolerance: then the cut is wrong."""
     difference = largest_difference(model, small, plan, example)
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"the cut network differs from the masked one by {difference:.2g}, more than {TOLERANCE:g}: "
             "the network does something that its channel map does not show; please report it with the network"
         )
-    return small, plan
+    return difference
 
 
 def _fitting_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:

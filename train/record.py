@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, TextIO, TypeVar
+from typing import Any, Literal, Self, TextIO, TypeVar, cast
 
 import torch
 from pydantic import ConfigDict
@@ -124,7 +124,7 @@ def _start_wandb(
             dir=directory,
             mode=mode,
             reinit="finish_previous",
-            settings=wandb.Settings(silent=True, init_timeout=60, console="off"),
+            settings=wandb.Settings(silent=True, init_timeout=30, console="off"),
         )
 
     mode = _wandb_mode(config, has_key=lambda: wandb.login(prompt=False))
@@ -135,6 +135,7 @@ def _start_wandb(
     except wandb.errors.Error as error:
         # The training is worth more than its live view; `wandb sync` uploads the offline record later.
         say(f"W&B could not start online ({error}); recording offline, upload later with `wandb sync`", warning=True)
+        os.environ["WANDB_MODE"] = "offline"  # so that the stages after this one do not wait as well
         run = start("offline")
     run.define_metric("epoch")
     run.define_metric("*", step_metric="epoch")
@@ -142,14 +143,12 @@ def _start_wandb(
 
 
 def _wandb_mode(config: RecordConfig, has_key: Callable[[], bool]) -> Literal["online", "offline"] | None:
-    if config.wandb == "auto":
-        asked = os.environ.get("WANDB_MODE")
-        if asked == "disabled":
-            return None
-        if asked == "offline":
-            return "offline"
-        return "online" if has_key() else "offline"
-    return None if config.wandb == "disabled" else config.wandb
+    wanted = os.environ.get("WANDB_MODE", "auto") if config.wandb == "auto" else config.wandb
+    if wanted == "disabled":
+        return None
+    if wanted in ("online", "offline"):
+        return cast(Literal["online", "offline"], wanted)
+    return "online" if has_key() else "offline"
 
 
 @torch.no_grad()
