@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
@@ -29,4 +30,6 @@ def launch(module: str, arguments: Sequence[str], *, num_processes: int) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as error:  # the launcher was told to stop, and has ended its processes
+        return 128 + int(error.sigval)
     return 0

@@ -1,12 +1,16 @@
 """The main job as users start it: two processes through Accelerate's launcher, and the files they leave."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -126,3 +130,57 @@ def test_a_damaged_artefact_ends_both_ranks_with_one_line_and_code_2(second: Pat
     assert len(lines) == 1, done.stderr
     assert str(weights) in lines[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_ends_both_ranks_and_leaves_no_stage_that_looks_complete(
+    full_disk: Path, flags: list[object]
+) -> None:
+    done = call(SCRIPT, "run", "digits", "--run-dir", full_disk, *flags, "--record.wandb", "disabled")
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("netslim: ")]
+    assert len(lines) == 1
+    assert "No space left on device" in lines[0]
+    assert not list(full_disk.glob("*/metrics.json"))
+
+
+def test_an_interrupt_ends_the_launcher_and_all_its_processes(tmp_path: Path, flags: list[object]) -> None:
+    arguments = [SCRIPT, "run", "digits", "--run-dir", tmp_path, *flags, "--sparsify.epochs", 100]
+    process = subprocess.Popen(
+        [str(argument) for argument in [*arguments, "--record.wandb", "disabled"]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "sparse" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    deadline = time.monotonic() + 10
+    while left := alive_in_session(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def alive_in_session(leader: int) -> list[str]:
+    """The processes of a session that have not ended; one that has may still wait for its parent to notice."""
+    alive = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(" ".join(process.cmdline()))
+    return alive
+
+
+def test_bf16_accumulation_clipping_proximal_steps_and_the_torch_loader_run_together(
+    tmp_path: Path, flags: list[object]
+) -> None:
+    choices = ["--engine.precision", "bf16", "--engine.accumulation", 2, "--sparsify.clip", 1, "--finetune.clip", 1]
+    choices += ["--sparsity.method", "proximal", "--data.loader", "torch", "--data.num-workers", 0]
+    done = call(SCRIPT, "run", "digits", "--run-dir", tmp_path / "run", *flags, *choices, "--record.wandb", "disabled")
+    assert done.returncode == 0, done.stderr
+    values = results(tmp_path / "run")
+    assert (values["loader"], values["world_size"], len(values["rows"])) == ("torch", 2, 5)

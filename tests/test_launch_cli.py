@@ -1,10 +1,9 @@
 """The command line: what a user sees for help, and for each mistake."""
 
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,20 +53,6 @@ def folder(tmp_path: Path) -> Path:
                     directory / f"{number}.png"
                 )
     return tmp_path / "images"
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one page that is full."""
-    directory = tmp_path / "full"
-    directory.mkdir()
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or mount is None:
-        pytest.skip("only root may mount a small file system")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory], check=False).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 def assert_one_line(error: str, *parts: str) -> None:

@@ -1,0 +1,90 @@
+"""What ranks do together, on two real ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from netslim.train import EngineConfig, Runtime
+
+
+def fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def caught(call: Callable[[], Any]) -> tuple[str, bool]:
+    """The message of the ValueError that the call raises, and whether another rank reports it."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error), error.is_echo  # type: ignore[attr-defined]
+    raise AssertionError("nothing was raised")
+
+
+def together() -> dict[str, Any]:
+    run = Runtime(EngineConfig(), seed=0)
+    seen: dict[str, Any] = {"rank": run.rank, "world_size": run.world_size, "engine": run.engine}
+    seen["on_main"] = run.on_main(lambda: {"rank": run.rank})
+    seen["on_main failed"] = caught(lambda: run.on_main(lambda: fail("no room")))
+    seen["on_all"] = run.on_all(lambda: run.rank)
+    seen["on_all failed on rank 1"] = caught(lambda: run.on_all(lambda: fail("torn") if run.rank == 1 else None))
+    seen["sum"] = run.sum_over_ranks(torch.tensor([run.rank + 1.0]))
+
+    norm = nn.BatchNorm1d(1, momentum=1.0)
+    images = torch.tensor([[1.0], [2.0], [3.0]]) if run.rank == 0 else torch.tensor([[6.0], [8.0], [10.0]])
+    norm(images)
+    seen["unequal"] = _unequal(run, norm)
+    run.reconcile_statistics(norm)
+    seen["mean"], seen["variance"] = norm.running_mean, norm.running_var
+    seen["digest"] = run.check_equal(norm, "after reconciling")
+    run.close()
+    return seen
+
+
+def _unequal(run: Runtime, module: nn.Module) -> str:
+    try:
+        run.check_equal(module, "before reconciling")
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(together, 2, tmp_path_factory.mktemp("ranks"))
+
+
+def test_two_cpu_processes_form_one_ddp_group(ranks: list[dict[str, Any]]) -> None:
+    assert [(seen["rank"], seen["world_size"], seen["engine"]) for seen in ranks] == [(0, 2, "ddp"), (1, 2, "ddp")]
+
+
+def test_every_rank_gets_what_rank_0_found(ranks: list[dict[str, Any]]) -> None:
+    assert [seen["on_main"] for seen in ranks] == [{"rank": 0}] * 2
+
+
+def test_what_rank_0_raises_is_raised_on_every_rank_and_reported_by_rank_0(ranks: list[dict[str, Any]]) -> None:
+    assert [seen["on_main failed"] for seen in ranks] == [("no room", False), ("no room", True)]
+
+
+def test_what_one_rank_raises_is_raised_on_every_rank_and_reported_by_that_one(ranks: list[dict[str, Any]]) -> None:
+    assert [seen["on_all failed on rank 1"] for seen in ranks] == [("torn", True), ("torn", False)]
+    assert [seen["on_all"] for seen in ranks] == [0, 1]
+
+
+def test_sums_are_over_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    assert [seen["sum"].tolist() for seen in ranks] == [[3.0], [3.0]]
+
+
+def test_statistics_become_those_of_all_ranks_together(ranks: list[dict[str, Any]]) -> None:
+    # means 2 and 8; sample variances 1 and 4: mean of means 5, mean of variances 2.5 plus variance of means 9
+    for seen in ranks:
+        torch.testing.assert_close(seen["mean"], torch.tensor([5.0]))
+        torch.testing.assert_close(seen["variance"], torch.tensor([11.5]))
+
+
+def test_unequal_weights_are_noticed_and_equal_ones_have_one_digest(ranks: list[dict[str, Any]]) -> None:
+    assert all("rank 1 differ from those of rank 0" in seen["unequal"] for seen in ranks)
+    assert ranks[0]["digest"] == ranks[1]["digest"]
