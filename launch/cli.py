@@ -11,7 +11,7 @@ from netslim.launch.artefacts import claim, read_json
 from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.mistakes import guarded
-from netslim.launch.presets import PRESETS, find_preset
+from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.recipe import STAGES, start
 from netslim.launch.report import format_table
 from netslim.train import check_devices, check_model, num_gpus
@@ -85,9 +85,3 @@ def overview() -> str:
     commands = "\n".join(f"  netslim {name} PRESET [flags]".ljust(36) + text for name, text in COMMANDS.items())
     usage = "usage: netslim COMMAND PRESET [flags]"
     return f"{usage}\n\n{commands}\n\n{list_presets()}\n\nnetslim COMMAND PRESET --help lists all flags."
-
-
-def list_presets() -> str:
-    return "presets:\n" + "\n".join(
-        f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
-    )

@@ -120,3 +120,10 @@ def find_preset(name: str) -> Callable[[], RunConfig]:
         nearest = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
         raise ValueError(f"no preset is called {name!r}; the nearest are {', '.join(nearest)}")
     return PRESETS[name]
+
+
+def list_presets() -> str:
+    """The presets with the first line of what each says, for help texts."""
+    return "presets:\n" + "\n".join(
+        f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
+    )

@@ -3,6 +3,7 @@
 accelerate launch -m netslim.launch.recipe PRESET [--prune.ratio 0.7 ...]
 """
 
+import inspect
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ from netslim.data import DataInfo, Loaders, Shard, open_loaders, prepare
 from netslim.launch.artefacts import claim, is_complete, read_stage, write_stage
 from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
-from netslim.launch.presets import find_preset
+from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
 from netslim.prune import ChannelMap, Plan, cost, cut, load_plan, make_plan, map_channels, prove
 from netslim.train import FitConfig, Record, Runtime, build_model, evaluate, fit
@@ -262,11 +263,13 @@ def main() -> int:
     """
 
     def body() -> None:
-        arguments = sys.argv[1:]
-        stages = os.environ.get("NETSLIM_STAGES", " ".join(STAGES)).split()
-        preset = arguments[0] if arguments else ""
+        preset, *flags = sys.argv[1:] or ["--help"]
+        if preset in ("-h", "--help"):
+            print(f"{__doc__}\n{list_presets()}")
+            return
         make = find_preset(preset)
-        start(preset, parse("netslim.launch.recipe " + preset, make.__doc__ or "", make(), arguments[1:]), stages)
+        config = parse(f"netslim.launch.recipe {preset}", inspect.getdoc(make) or "", make(), flags)
+        start(preset, config, os.environ.get("NETSLIM_STAGES", " ".join(STAGES)).split())
 
     return guarded(body)
 

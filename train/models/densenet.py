@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from netslim.train.models.head import PreActivationHead
+
 
 class DenseLayer(nn.Module):
     """BatchNorm, ReLU, 3x3 convolution; its ``growth`` new channels are appended to the ones it read."""
@@ -51,12 +53,8 @@ class DenseNet(nn.Module):
                 layers.append(DenseLayer(channels, growth))
                 channels += growth
         self.blocks = nn.Sequential(*layers)
-        self.norm = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.head = PreActivationHead(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.relu(self.norm(self.blocks(self.stem(images))))
-        logits: Tensor = self.classifier(self.pool(features).flatten(1))
+        logits: Tensor = self.head(self.blocks(self.stem(images)))
         return logits

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from netslim.train.models.head import PreActivationHead
+
 
 class Bottleneck(nn.Module):
     """BatchNorm, ReLU and convolution three times (1x1, 3x3, 1x1), added to the stream; the output has 4 x channels."""
@@ -50,12 +52,8 @@ class PreResNet(nn.Module):
                 blocks.append(Bottleneck(num_inputs, width_of_stage, stride))
                 num_inputs = width_of_stage * Bottleneck.expansion
         self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(num_inputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(num_inputs, num_classes)
+        self.head = PreActivationHead(num_inputs, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.relu(self.norm(self.blocks(self.stem(images))))
-        logits: Tensor = self.classifier(self.pool(features).flatten(1))
+        logits: Tensor = self.head(self.blocks(self.stem(images)))
         return logits
