@@ -14,6 +14,14 @@ from netslim.prune import Plan, load, save
 METRICS = "metrics.json"
 
 
+def stage_directory(run_directory: Path, stage: str, ratio: float | None = None) -> Path:
+    """Where the command ``stage`` leaves its artefact: sparse, prune-0.50, finetune-0.50."""
+    if stage == "sparsify":
+        return run_directory / "sparse"
+    # two decimals sort and align; a ratio that has more keeps them
+    return run_directory / f"{stage}-{max(f'{ratio:.2f}', str(ratio), key=len)}"
+
+
 def is_complete(directory: Path) -> bool:
     """Whether a stage finished here: its metrics.json, the last file it writes, is there."""
     return (directory / METRICS).is_file()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from netslim.data import check_batch_size, prepare
-from netslim.launch.artefacts import claim, read_json
+from netslim.launch.artefacts import claim, is_complete, read_json, stage_directory
 from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.mistakes import guarded
@@ -61,17 +61,26 @@ def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments:
     check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
     directory = run_directory(preset, config)
     claim(directory, preset, config)
-    prepare(config.data, quiet=False)
-    if num_processes == 1:
-        start(preset, config, stages)
-    else:
-        os.environ["NETSLIM_STAGES"] = " ".join(stages)
-        code = launch("netslim.launch.recipe", arguments, num_processes=num_processes)
+    wanted = [stage_directory(directory, stage, ratio) for stage in stages for ratio in config.prune.ratio]
+    if not all(is_complete(stage) for stage in wanted):
+        prepare(config.data, quiet=False)
+        code = start_processes(preset, config, stages, arguments, num_processes)
         if code:
             return code
     print(format_table(read_json(directory / "results.json")["rows"]))
     print(f"{directory}/results.json")
     return 0
+
+
+def start_processes(
+    preset: str, config: RunConfig, stages: Sequence[str], arguments: Sequence[str], num_processes: int
+) -> int:
+    """Run the stages here, or in several processes under Accelerate's launcher; returns the exit code."""
+    if num_processes == 1:
+        start(preset, config, stages)
+        return 0
+    os.environ["NETSLIM_STAGES"] = " ".join(stages)
+    return launch("netslim.launch.recipe", arguments, num_processes=num_processes)
 
 
 def write_data(config: RunConfig) -> int:

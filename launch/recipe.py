@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from netslim.data import DataInfo, Loaders, Shard, open_loaders, prepare
-from netslim.launch.artefacts import claim, is_complete, read_stage, write_stage
+from netslim.launch.artefacts import claim, is_complete, read_stage, stage_directory, write_stage
 from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
@@ -43,8 +43,7 @@ class Job:
         return model.to(self.run.device)
 
     def path(self, stage: str, ratio: float | None = None) -> Path:
-        # two decimals sort and align; a ratio that has more keeps them
-        return self.directory / (stage if ratio is None else f"{stage}-{max(f'{ratio:.2f}', str(ratio), key=len)}")
+        return stage_directory(self.directory, stage, ratio)
 
     def is_done(self, directory: Path) -> bool:
         """Whether a stage is complete; rank 0 looks, so that all ranks agree also where storage lags."""
@@ -82,7 +81,7 @@ def rehearse(job: Job) -> None:
 
 def sparsify(job: Job) -> None:
     """Train with the L1 penalty on the scales of the channels that can be removed."""
-    directory = job.path("sparse")
+    directory = job.path("sparsify")
     if job.is_done(directory):
         return
     model = job.build()
@@ -97,7 +96,7 @@ def prune(job: Job, ratio: float) -> None:
     if job.is_done(directory):
         return
     started = time.perf_counter()
-    sparse = job.read(job.path("sparse"), "sparsify")
+    sparse = job.read(job.path("sparsify"), "sparsify")
 
     def decide() -> tuple[str, float]:
         images, _ = next(iter(job.loaders.test))
