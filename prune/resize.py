@@ -123,5 +123,7 @@ def _of_one_group(layer: nn.Module, inputs: tuple[int, ...]) -> tuple[int, ...]:
 def _laid_out_like(tensor: Tensor, values: Tensor) -> Tensor:
     """Copy values into memory in the order of the tensor's dimensions there: index_select forgets channels_last."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)  # stable, also in reverse
+    if order == list(range(tensor.dim())) and values.is_contiguous() and values.data_ptr() != tensor.data_ptr():
+        return values  # a copy already
     empty = torch.empty_permuted(values.shape, order, dtype=values.dtype, device=values.device)
     return empty.copy_(values)

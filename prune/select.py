@@ -1,7 +1,6 @@
 """The two layers that a cut may need: a selection before a BatchNorm, and zeros put back after one."""
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: torch.jit.script reads these annotations as types.
 from collections.abc import Sequence
 
 import torch

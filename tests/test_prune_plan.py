@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_prune_nets import EXAMPLE, Catenated, Residual, block, chain, scramble
+from test_prune_nets import EXAMPLE, Catenated, block, chain, scramble
 from torch import nn
 
 from netslim.prune import Plan, make_plan, map_channels

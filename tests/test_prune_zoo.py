@@ -48,34 +48,42 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
-def calibrate(model: nn.Module, example: Tensor) -> None:
-    """Give every BatchNorm statistics near those of the images: others let the signal die out in deep networks."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
+def calibrate(model: nn.Module, plan: Plan, example: Tensor) -> None:
+    """Give every BatchNorm statistics near those of the masked network.
+
+    With others the signal of a deep network dies out or explodes, and its float64 logits have no 10 digits to compare.
+    """
+    twin = masked(model, plan).train()
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
     with torch.no_grad():
-        model.train()(example)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.running_mean += 0.1 * torch.randn(norm.num_features) * norm.running_var.sqrt()
-            norm.running_var *= torch.rand(norm.num_features) + 0.5
-    model.eval()
+        twin(example)
+        for name, norm in model.named_modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                found = twin.get_submodule(name)
+                noise = 0.1 * torch.randn(norm.num_features)
+                norm.running_mean.copy_(found.running_mean + noise * found.running_var.sqrt())
+                norm.running_var.copy_(found.running_var * (torch.rand(norm.num_features) + 0.5))
 
 
 def images(size: int) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def difference(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> float:
-    """Measure the largest difference from the masked network in float64, relative to how much images differ."""
+def difference(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> tuple[float, float]:
+    """Measure the largest difference from the masked network in float64, relative to how much images differ.
+
+    Also how far the masked network's own logits move, in the same measure, when its images change in the 15th digit:
+    untrained networks of a hundred layers magnify rounding a million times and more.
+    """
+    twin, images = masked(model, plan).double(), example.double()
     with torch.no_grad():
-        want = masked(model, plan).double()(example.double())
-        have = small.double()(example.double())
+        want, near, have = twin(images), twin(images * (1 + 1e-15)), small.double()(images)
     small.float()
     spread = (want[0] - want[1]).abs().max().item()
     assert spread > 1e-3 * want.abs().max().item(), "the images look alike to the network, so nothing is shown"
-    return (want - have).abs().max().item() / spread
+    return (want - have).abs().max().item() / spread, (want - near).abs().max().item() / spread
 
 
 def assert_trains(small: nn.Module, example: Tensor) -> None:
@@ -93,6 +101,7 @@ def assert_trains(small: nn.Module, example: Tensor) -> None:
 class Result:
     plan: Plan
     difference: float
+    rounding: float
     seconds: float
     params: int
     macs: int
@@ -102,20 +111,21 @@ def slimmed(model: nn.Module, example: Tensor, coupling: str) -> Result:
     started = time.perf_counter()
     channels: ChannelMap = map_channels(model, example, coupling)
     plan = make_plan(channels.named_gammas(model, coupling), channels, ratio=0.5, coupling=coupling)
-    small = cut(model, plan)
     seconds = time.perf_counter() - started
-    found = difference(model, small, plan, example)
+    calibrate(model, plan, example)
+    started = time.perf_counter()
+    small = cut(model, plan)
+    seconds += time.perf_counter() - started
+    found, rounding = difference(model, small, plan, example)
     bill = cost(small, example)
     assert_trains(small, example)
-    return Result(plan, found, seconds, bill.params, bill.macs)
+    return Result(plan, found, rounding, seconds, bill.params, bill.macs)
 
 
 @pytest.mark.parametrize("coupling", ["group", "select"])
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_a_network_of_each_kind_is_cut_exactly_and_trains(name, coupling):
-    model, example = build(name), images(REPRESENTATIVE[name])
-    calibrate(model, example)
-    result = slimmed(model, example, coupling)
+    result = slimmed(build(name), images(REPRESENTATIVE[name]), coupling)
     plan = result.plan
     assert result.difference < 1e-10
     assert plan.num_removed >= 0.99 * plan.num_asked
@@ -155,15 +165,16 @@ def example_for(model: nn.Module) -> Tensor:
 def test_every_network_of_the_registry_is_cut_exactly_and_trains():
     names = [name for name in models.list_models(module=torchvision.models) if has_batchnorm(name)]
     failures = {}
-    print(f"\n{'network':<20} {'coupling':<7} {'removed':>15} {'params':>12} {'MACs':>14} {'seconds':>7}  difference")
+    print(
+        f"\n{'network':<20} {'coupling':<7} {'removed':>15} {'params':>12} {'MACs':>14} {'seconds':>7}  difference, rounding"
+    )
     for name in names:
         model = build(name)
         example = example_for(model)
-        calibrate(model, example)
         for coupling in ("group", "select"):
             try:
                 result = slimmed(model, example, coupling)
-                if not result.difference < 1e-10:
+                if not result.difference < max(1e-10, 10 * min(result.rounding, 1e-6)):
                     raise AssertionError(f"differs by {result.difference:.1e}")
             except Exception as error:
                 failures[name, coupling] = repr(error)
@@ -172,7 +183,7 @@ def test_every_network_of_the_registry_is_cut_exactly_and_trains():
             count = f"{result.plan.num_removed}/{result.plan.num_channels}"
             print(
                 f"{name:<20} {coupling:<7} {count:>15} {result.params:>12,} {result.macs:>14,} "
-                f"{result.seconds:7.2f}  {result.difference:.1e}",
+                f"{result.seconds:7.2f}  {result.difference:.1e}  {result.rounding:.1e}",
                 flush=True,
             )
     print(f"{2 * len(names) - len(failures)} of {2 * len(names)}")
