@@ -165,9 +165,8 @@ def example_for(model: nn.Module) -> Tensor:
 def test_every_network_of_the_registry_is_cut_exactly_and_trains():
     names = [name for name in models.list_models(module=torchvision.models) if has_batchnorm(name)]
     failures = {}
-    print(
-        f"\n{'network':<20} {'coupling':<7} {'removed':>15} {'params':>12} {'MACs':>14} {'seconds':>7}  difference, rounding"
-    )
+    heads = ("network", "coupling", "removed", "params", "MACs", "seconds")
+    print("\n{:<20} {:<7} {:>15} {:>12} {:>14} {:>7}  difference, rounding".format(*heads))
     for name in names:
         model = build(name)
         example = example_for(model)
