@@ -36,15 +36,17 @@ def leaves(value: object) -> list[Tensor]:
     return found
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, seed: int = 0) -> nn.Module:
     """Build a network with random gammas, betas and heads."""
     with warnings.catch_warnings():  # googlenet and inception_v3 warn of their slow initialisation
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        model = scramble(models.get_model(name, weights=None))
+        model = scramble(models.get_model(name, weights=None), seed)
     for module in model.modules():
         if isinstance(module, nn.Linear):  # some start so small that no logit would show a wrong channel
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, nn.BatchNorm2d):  # a layer's last channel below zero would end the signal in a ReLU
+            module.bias.data.abs_()
     return model.eval()
 
 
@@ -82,7 +84,8 @@ def difference(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) 
         want, near, have = twin(images), twin(images * (1 + 1e-15)), small.double()(images)
     small.float()
     spread = (want[0] - want[1]).abs().max().item()
-    assert spread > 1e-3 * want.abs().max().item(), "the images look alike to the network, so nothing is shown"
+    if spread <= 1e-5 * want.abs().max().item():
+        raise NoSignalError("the images look alike to the network, so nothing is shown")
     return (want - have).abs().max().item() / spread, (want - near).abs().max().item() / spread
 
 
@@ -95,6 +98,10 @@ def assert_trains(small: nn.Module, example: Tensor) -> None:
         assert parameter.numel(), name
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
+
+
+class NoSignalError(Exception):
+    """Random scales happen to remove all that a narrow layer passes on."""
 
 
 @dataclass
@@ -160,6 +167,15 @@ def example_for(model: nn.Module) -> Tensor:
     return images(299)
 
 
+def slimmed_by_some_seed(name: str, example: Tensor, coupling: str) -> Result:
+    for seed in range(3):
+        try:
+            return slimmed(build(name, seed), example, coupling)
+        except NoSignalError as error:
+            last = error
+    raise last
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_every_network_of_the_registry_is_cut_exactly_and_trains():
@@ -168,11 +184,10 @@ def test_every_network_of_the_registry_is_cut_exactly_and_trains():
     heads = ("network", "coupling", "removed", "params", "MACs", "seconds")
     print("\n{:<20} {:<7} {:>15} {:>12} {:>14} {:>7}  difference, rounding".format(*heads))
     for name in names:
-        model = build(name)
-        example = example_for(model)
+        example = example_for(build(name))
         for coupling in ("group", "select"):
             try:
-                result = slimmed(model, example, coupling)
+                result = slimmed_by_some_seed(name, example, coupling)
                 if not result.difference < max(1e-10, 10 * min(result.rounding, 1e-6)):
                     raise AssertionError(f"differs by {result.difference:.1e}")
             except Exception as error:
