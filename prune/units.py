@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -106,10 +105,11 @@ class Rooms:
     @cached_property
     def needs(self) -> list[dict[int, int]]:
         """Per unit what it takes from which room."""
-        found: list[Counter[int]] = [Counter() for _ in range(int(self._owners.max(initial=-1)) + 1)]
-        for owner, room in zip(self._owners.tolist(), self._rooms.tolist(), strict=True):
-            found[owner][room] += 1
-        return [dict(counter) for counter in found]
+        pairs, counts = np.unique(self._owners * len(self._capacity) + self._rooms, return_counts=True)
+        owners, rooms = np.divmod(pairs, len(self._capacity))
+        bounds = np.flatnonzero(np.diff(owners)) + 1
+        parts = zip(np.split(rooms, bounds), np.split(counts, bounds), strict=True)
+        return [dict(zip(room.tolist(), count.tolist(), strict=True)) for room, count in parts]
 
 
 def _sizes(gammas: Mapping[str, Tensor], layer: Layer) -> NDArray[np.float64]:
