@@ -52,8 +52,8 @@ def preresnet164_cifar10() -> RunConfig:
     """Pre-activation ResNet-164 on CIFAR-10: lambda 1e-5, ratios 0.4 and 0.6.
 
     Origin: Liu et al. 2017, table 1, arXiv 1708.06519. Hardware: one GPU or more.
-    Expected by the paper: 94.58 % dense, 94.92 % and 94.73 % fine-tuned; there all channels count, here those
-    inside the bottlenecks (the residual stream's stay).
+    Expected by the paper: 94.58 % dense, 94.92 % and 94.73 % fine-tuned; there every scale counts by
+    itself, here those of a residual stream live or die together.
     Command: netslim run preresnet164-cifar10 --data.root FOLDER
     """
     return _cifar10(ModelConfig(name="preresnet164"), weight=1e-5, ratios=(0.4, 0.6))
@@ -63,15 +63,15 @@ def densenet40_cifar10() -> RunConfig:
     """DenseNet-40 with growth 12 on CIFAR-10: lambda 1e-5, ratios 0.4 and 0.7.
 
     Origin: Liu et al. 2017, table 1, arXiv 1708.06519. Hardware: one GPU or more.
-    Expected by the paper: 93.89 % dense, 94.81 % and 94.35 % fine-tuned; there every scale counts, here only those
-    of channels that a single BatchNorm reads (few in this network).
+    Expected by the paper: 93.89 % dense, 94.81 % and 94.35 % fine-tuned; there every scale counts by
+    itself, here all those that read one channel live or die together.
     Command: netslim run densenet40-cifar10 --data.root FOLDER
     """
     return _cifar10(ModelConfig(name="densenet40"), weight=1e-5, ratios=(0.4, 0.7))
 
 
 def resnet50_imagenet() -> RunConfig:
-    """ResNet-50 on ImageNet folders (train/CLASS/*, val/CLASS/*): 90 epochs, ratio 0.5 of the bottlenecks' channels.
+    """ResNet-50 on ImageNet folders (train/CLASS/*, val/CLASS/*): 90 epochs, ratio 0.5 of the channels.
 
     Origin: the usual 90-epoch recipe (He et al. 2016, arXiv 1512.03385). Hardware: eight GPUs.
     Expected: not measured by us. Images are stored at 224 x 224 and augmented by padded translation and flip, which

@@ -1,14 +1,16 @@
 """Slimming a network: which channels can go, which do, the cut itself, its cost, and the files it leaves."""
 
 from netslim.prune.artefact import load, load_plan, save
-from netslim.prune.channels import ChannelMap, map_channels
+from netslim.prune.channels import ChannelMap, Coupling, map_channels
+from netslim.prune.choose import make_plan
 from netslim.prune.cost import Cost, cost
-from netslim.prune.plan import Plan, make_plan
+from netslim.prune.plan import Plan
 from netslim.prune.surgery import cut, largest_difference, masked, prove, slim
 
 __all__ = [
     "ChannelMap",
     "Cost",
+    "Coupling",
     "Plan",
     "cost",
     "cut",

@@ -14,6 +14,9 @@ from torch import Tensor, fx, nn
 METADATA = frozenset({"size", "dim", "ndimension", "numel", "element_size", "is_floating_point", "stride"})
 ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout"})
 
+# Of two numbers; on a number of channels the result is one again, or a plain number.
+COUNTING = (operator.mul, operator.floordiv, operator.getitem)
+
 RESHAPING = frozenset({"view", "reshape", "flatten"})
 CHOOSING = frozenset({"chunk", "split", "getitem"})
 ORDERING = frozenset({"permute", "transpose", "cat", "concat", "concatenate", "squeeze", "unsqueeze"})
@@ -36,9 +39,11 @@ _ACTIVATING = {
 }
 _COPYING = {"dropout", "dropout1d", "dropout2d", "dropout3d", "detach", "clone", "contiguous"}
 PASSING = frozenset(_ACTIVATING | _COPYING)
-NOT_ZERO_AT_ZERO = frozenset({"sigmoid", "hardsigmoid", "softmax", "log_softmax", "softplus", "exp", "cos"})
-JOINING = {"add": "summed", "iadd": "summed", "sub": "subtracted", "isub": "subtracted", "mul": "multiplied"}
-JOINING |= {"imul": "multiplied", "truediv": "divided", "div": "divided", "matmul": "multiplied", "stack": "stacked"}
+# Element by element too, but f(0) is another number.
+SHIFTING = frozenset({"sigmoid", "hardsigmoid", "softplus", "exp", "cos"})
+# Two values, element by element.
+JOINING = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv"})
+SCALING = frozenset({"mul", "imul", "div", "truediv", "itruediv"})
 POOLING = {
     f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)
 }  # name -> number of trailing dimensions that are pooled
@@ -63,7 +68,6 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
     nn.Sigmoid: "sigmoid",
     nn.Hardsigmoid: "hardsigmoid",
-    nn.Softmax: "softmax",
     nn.Softplus: "softplus",
     nn.ELU: "elu",
     nn.SELU: "selu",
@@ -83,7 +87,8 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.AdaptiveMaxPool2d: "adaptive_max_pool2d",
     nn.AdaptiveMaxPool3d: "adaptive_max_pool3d",
 }
-_KNOWN = MOVING | PASSING | NOT_ZERO_AT_ZERO | set(JOINING) | set(POOLING) | AVERAGING
+_KNOWN = MOVING | PASSING | SHIFTING | JOINING | set(POOLING) | AVERAGING
+_ELSEWHERE = {("torchvision.ops.stochastic_depth", "stochastic_depth"): "dropout"}  # torch.fx.wrap makes it a leaf
 
 
 def _named_functions() -> dict[Callable[..., Any], str]:
@@ -110,7 +115,11 @@ def name_of(node: fx.Node, module: nn.Module | None) -> str:
     assert callable(node.target), "fx: every other call is one of a function"
     if node.target is getattr:
         return f"getattr {node.args[1]}"
-    return _FUNCTIONS.get(node.target) or f"{getattr(node.target, '__name__', node.target)} (function)"
+    known = _FUNCTIONS.get(node.target)
+    if known is None:
+        word = getattr(node.target, "__name__", str(node.target))
+        known = _ELSEWHERE.get((getattr(node.target, "__module__", ""), word), f"{word} (function)")
+    return known
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
-from netslim.prune import operations as ops
-from netslim.prune.channels import map_channels
-from netslim.prune.plan import Plan, Slice, make_plan
+from netslim.prune.channels import Coupling, map_channels
+from netslim.prune.choose import make_plan
+from netslim.prune.plan import Plan
+from netslim.prune.resize import fitting_layers, resize, sliced, surround
 
 TOLERANCE = 1e-5
 """Largest accepted difference between the cut and the masked network, relative to max(1, largest |logit|)."""
@@ -21,28 +22,30 @@ TOLERANCE = 1e-5
 def cut(model: nn.Module, plan: Plan) -> nn.Module:
     """Make the smaller network of the plan: plain torch layers with fewer channels; the model is unchanged.
 
-    Device, dtype, memory format, train or eval mode and requires_grad stay as they are. Gradients are not copied.
+    A BatchNorm that needs a selection becomes a sequence with the BatchNorm in it, under the same name. Device, dtype,
+    memory format, train or eval mode and requires_grad stay as they are. Gradients are not copied.
 
     Raises: ValueError, before anything is copied, if the plan is of another network.
     """
-    layers = _fitting_layers(model, plan)
+    layers = fitting_layers(model, plan)
     memo: dict[int, object] = {}
     for part in plan.slices:
         layer = layers[part.name]
         for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
             if tensor.dim():  # not num_batches_tracked
-                memo[id(tensor)] = _sliced(layer, name, tensor, part)
-    small = copy.deepcopy(
-        model, memo
-    )  # the memo hands deepcopy the sliced weights, so the removed ones are never copied
+                memo[id(tensor)] = sliced(layer, name, tensor, part)
+    # the memo hands deepcopy the sliced weights, so the removed ones are never copied
+    small = copy.deepcopy(model, memo)
     for part in plan.slices:
-        _resize(small.get_submodule(part.name), part)
+        resize(small.get_submodule(part.name), part)
+    for around in plan.selections:
+        surround(small, around)
     return small
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Copy the network with gamma and beta of the removed channels at 0: what `cut` has to equal, and raises alike."""
-    _fitting_layers(model, plan)
+    fitting_layers(model, plan)
     twin = copy.deepcopy(model)
     for layer in plan.layers:
         gone = sorted(set(range(layer.width)) - set(layer.kept))
@@ -78,16 +81,22 @@ def largest_difference(model: nn.Module, small: nn.Module, plan: Plan, example: 
 
 
 def slim(
-    model: nn.Module, example: Tensor, *, ratio: float, min_channels: int = 1, min_share: float = 0.0
+    model: nn.Module,
+    example: Tensor,
+    *,
+    ratio: float,
+    coupling: Coupling = "group",
+    min_channels: int = 1,
+    min_share: float = 0.0,
 ) -> tuple[nn.Module, Plan]:
     """Map, plan, cut and prove in one call: the smaller network and its plan; the model is unchanged.
 
     Args: example (n, 3, height, width) on the model's device; the rest as in `make_plan`.
     Raises: ValueError as `map_channels` and `make_plan` do; RuntimeError if cut and masked network differ.
     """
-    channels = map_channels(model, example)
-    gammas = channels.named_gammas(model)
-    plan = make_plan(gammas, channels, ratio=ratio, min_channels=min_channels, min_share=min_share)
+    channels = map_channels(model, example, coupling)
+    gammas = channels.named_gammas(model, coupling)
+    plan = make_plan(gammas, channels, ratio=ratio, coupling=coupling, min_channels=min_channels, min_share=min_share)
     small = cut(model, plan)
     prove(model, small, plan, example)
     return small, plan
@@ -102,71 +111,6 @@ def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> fl
             "the network does something that its channel map does not show; please report it with the network"
         )
     return difference
-
-
-def _fitting_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Find the layers of the plan; ValueError if the model is not the one that it was made for."""
-    layers = dict(model.named_modules())
-    for kept in plan.layers:
-        norm = layers.get(kept.name)
-        if not isinstance(norm, ops.NORMALISING):
-            raise ValueError(f"the plan does not fit the network: it has no BatchNorm '{kept.name}'")
-        _check_width(kept.name, "channels", norm.num_features, kept.width)
-    for part in plan.slices:
-        layer = layers.get(part.name)
-        if not isinstance(layer, (ops.NORMALISING, *ops.PRODUCING)):
-            raise ValueError(f"the plan does not fit the network: it has no convolution or linear layer '{part.name}'")
-        num_inputs, num_outputs = _sizes(layer)
-        _check_width(part.name, "inputs", num_inputs, part.num_inputs)
-        _check_width(part.name, "outputs", num_outputs, part.num_outputs)
-    return layers
-
-
-def _check_width(name: str, what: str, have: int, want: int) -> None:
-    if have != want:
-        raise ValueError(f"the plan does not fit the network: '{name}' has {have} {what}, the plan says {want}")
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, ops.CONVOLVING):
-        return layer.in_channels, layer.out_channels
-    assert isinstance(layer, ops.NORMALISING), "checked before"
-    return layer.num_features, layer.num_features
-
-
-def _resize(layer: nn.Module, part: Slice) -> None:
-    num_inputs = part.num_inputs if part.inputs is None else len(part.inputs)
-    num_outputs = part.num_outputs if part.outputs is None else len(part.outputs)
-    if isinstance(layer, nn.Linear):
-        layer.in_features, layer.out_features = num_inputs, num_outputs
-    elif isinstance(layer, ops.CONVOLVING):
-        layer.in_channels, layer.out_channels = num_inputs, num_outputs
-    else:
-        assert isinstance(layer, ops.NORMALISING), "checked before"
-        layer.num_features = num_outputs
-
-
-def _sliced(layer: nn.Module, name: str, tensor: Tensor, part: Slice) -> Tensor:
-    """Take the kept features of a weight (out, in, ...), or (in, out, ...) if transposed, or of a vector (out,)."""
-    out_dim, in_dim = (1, 0) if isinstance(layer, ops.CONVOLVING) and layer.transposed else (0, 1)
-    if name != "weight" or tensor.dim() == 1:
-        out_dim = 0
-    values = tensor.detach()
-    if part.outputs is not None:
-        values = values.index_select(out_dim, torch.tensor(part.outputs, device=tensor.device))
-    if part.inputs is not None and tensor.dim() > 1:
-        values = values.index_select(in_dim, torch.tensor(part.inputs, device=tensor.device))
-    values = _laid_out_like(tensor, values)
-    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
-
-
-def _laid_out_like(tensor: Tensor, values: Tensor) -> Tensor:
-    """Copy values into memory in the order of the tensor's dimensions there: index_select forgets channels_last."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)  # stable, also in reverse
-    empty = torch.empty_permuted(values.shape, order, dtype=values.dtype, device=values.device)
-    return empty.copy_(values)
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -34,25 +34,30 @@ def test_branches_that_are_concatenated_are_wholly_prunable():
     assert all(not why for why in reasons(Catenated()).values())
 
 
-def test_a_residual_network_is_prunable_inside_its_block_only():
-    found = {layer.name: layer.num_prunable for layer in map_channels(Residual(), EXAMPLE).layers}
-    assert found == {"stem.1": 0, "inner.1": 12, "outer.1": 0}
+def test_channels_that_are_summed_are_one_class():
+    stem, inner, outer = map_channels(Residual(), EXAMPLE).layers
+    assert stem.classes == outer.classes
+    assert len({*stem.classes, *inner.classes}) == 8 + 12
 
 
-def test_a_residual_branch_names_the_sum_that_freezes_it():
-    assert reasons(Residual())["outer.1"] == ["summed with another branch at 'add'"]
-
-
-def test_a_sum_inside_a_module_is_named_with_the_module():
+def test_a_residual_network_is_wholly_prunable():
     with torch.device("meta"):
         model = models.resnet18(weights=None)
-    assert reasons(model)["layer1.0.bn2"] == ["summed with another branch at 'layer1.0.add'"]
+    assert all(not why for why in reasons(model).values())
+
+
+def test_a_value_for_all_channels_is_named_with_its_module():
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x.mean((2, 3), keepdim=True) + torch.ones(4, 1, 1, device=x.device)
+
+    assert reasons(Last(Scaled()))["block.1"] == ["'add' of values with different channels at 'between.add_1'"]
 
 
 def test_each_other_reason_is_given_with_its_place():
     assert reasons(Gated()) == {
-        "first.1": ["grouped convolution 'deep.0'"],
-        "deep.1": ["grouped convolution 'deep.0'"],
+        "first.1": [],
+        "deep.1": [],
         "late": ["read before its BatchNorm by 'peek'"],
         "inner.1": [],
     }
@@ -60,7 +65,7 @@ def test_each_other_reason_is_given_with_its_place():
 
 def test_moving_data_freezes_only_where_it_counts_channels():
     found = reasons(Shuffling())
-    assert found["a.1"] == ["'chunk' chooses channels by position at 'chunk'"]
+    assert found["a.1"] == ["module used more than once 'b.0'"]
     assert found["c.1"] == found["e.1"] == []
     assert found["d.1"] == ["'view' lays channels over two dimensions at 'view_1'"]
 
@@ -70,7 +75,8 @@ def test_moving_data_freezes_only_where_it_counts_channels():
     [
         (nn.Sigmoid(), "operation 'sigmoid' is not zero at zero at 'between'"),
         (nn.Upsample(scale_factor=2), "operation 'Upsample' is not known to keep channels apart at 'between'"),
-        (nn.BatchNorm2d(4), "normalised again by BatchNorm 'between'"),
+        (nn.Softmax(1), "operation 'Softmax' is not known to keep channels apart at 'between'"),
+        (nn.Conv2d(4, 4, 1, groups=4), "'between' adds a bias"),
     ],
 )
 def test_an_operation_between_blocks_is_named(between, reason):
@@ -114,10 +120,11 @@ def test_a_size_written_into_a_view_is_not_prunable():
     assert reasons(Fixed())["block.1"][0].startswith("the number of channels is written into 'view'")
 
 
-def test_one_channel_read_as_several_gammas_is_not_prunable():
+def test_one_channel_with_several_gammas_is_one_class():
     flat = [nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12)]
-    model = nn.Sequential(block(3, 4), *flat, nn.Linear(12, 2))
-    assert reasons(model)["4"] == ["one channel of '1' has several gammas"]
+    layer = map_channels(nn.Sequential(block(3, 4), *flat, nn.Linear(12, 2)), EXAMPLE).layers[1]
+    assert layer.num_prunable == 12
+    assert [layer.classes.count(number) for number in sorted(set(layer.classes))] == [4, 4, 4]
 
 
 def test_synchronised_batchnorms_are_mapped_like_others():
@@ -153,10 +160,18 @@ def test_an_example_that_does_not_fit_is_refused_naming_the_layer():
         map_channels(chain(4, 6), torch.zeros(2, 5, 8, 8))
 
 
-def test_heads_that_only_training_runs_are_refused_by_name():
+def test_heads_that_only_training_runs_are_mapped_with_the_rest():
     with torch.device("meta"):
         model = models.googlenet(weights=None, aux_logits=True, init_weights=False)
-    with pytest.raises(ValueError, match=r"never calls 'aux1.conv.conv'.*; build it without auxiliary heads"):
+    found = {layer.name: layer.num_prunable for layer in map_channels(model, EXAMPLE).layers}
+    assert found["aux1.conv.bn"] == 128
+    assert model.training
+
+
+def test_layers_that_nothing_calls_are_refused_by_name():
+    model = Residual()
+    model.spare = nn.Conv2d(3, 4, 1)
+    with pytest.raises(ValueError, match=r"never calls 'spare', neither in eval nor in training mode"):
         map_channels(model, EXAMPLE)
 
 
@@ -181,10 +196,12 @@ def test_mapping_leaves_the_model_as_it_was():
 
 
 def test_the_gammas_to_penalise_are_those_of_layers_with_prunable_channels():
-    model = Residual()
+    model = nn.Sequential(block(3, 4), block(4, 5))  # the second is the network's output
     channels = map_channels(model, EXAMPLE)
-    assert [id(gamma) for gamma in channels.gammas(model)] == [id(model.inner[1].weight)]
-    assert {name: mask.tolist() for name, mask in channels.prunable(model).items()} == {"inner.1": [True] * 12}
+    assert [id(gamma) for gamma in channels.gammas(model)] == [id(model[0][1].weight)]
+    assert {name: mask.tolist() for name, mask in channels.prunable(model).items()} == {"0.1": [True] * 4}
+    both = [id(model[0][1].weight), id(model[1][1].weight)]
+    assert [id(gamma) for gamma in channels.gammas(model, "select")] == both
 
 
 def test_a_map_of_another_network_is_refused():
@@ -194,5 +211,6 @@ def test_a_map_of_another_network_is_refused():
 
 def test_the_map_prints_one_line_per_batchnorm():
     lines = str(map_channels(NETS["residual"](), EXAMPLE)).splitlines()
-    assert lines[-1] == "12 of 28 channels are prunable"
+    assert lines[-1] == "28 of 28 channels are prunable"
+    assert lines[3].split() == ["outer.1", "8", "8", "outer.0", "->", "inner.0,", "head"]
     assert len(lines) == 5

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_prune_nets import EXAMPLE, Catenated, Residual, chain, scramble
+from test_prune_nets import EXAMPLE, Catenated, block, chain, scramble
 from torch import nn
 
 from netslim.prune import Plan, make_plan, map_channels
@@ -97,7 +97,7 @@ def test_no_producer_of_a_shared_batchnorm_is_emptied():
 
 
 def test_frozen_channels_do_not_count_for_the_ratio():
-    model = scramble(Residual())
+    model = scramble(nn.Sequential(block(3, 12), block(12, 5)))  # the second is the network's output
     channels = map_channels(model, EXAMPLE)
     plan = make_plan(channels.named_gammas(model), channels, ratio=0.5)
     assert (plan.num_channels, plan.num_removed) == (12, 6)

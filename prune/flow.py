@@ -1,0 +1,253 @@
+"""A network run on labels instead of numbers tells which values belong to which channel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from netslim.prune import operations as ops
+from netslim.prune.classes import CONSTANT, UNNORMALISED, Classes, along, line, varying
+from netslim.prune.joins import joined, shifted
+from netslim.prune.moves import Count, Moves, averaged, leaves, pooled, sizes
+
+
+@dataclass(frozen=True)
+class Use:
+    """The first call of a convolution, linear layer or BatchNorm: the labels that it reads and makes."""
+
+    name: str
+    normalises: bool
+    inputs: Tensor  # (features,), CONSTANT where there is none that could be cut
+    outputs: Tensor  # (features,)
+
+
+class Flow:
+    """Labels on their way through a traced network.
+
+    Every value carries an int64 tensor of its own shape. It is *tight*: expanded (stride 0) along each dimension in
+    which the labels do not vary, so labels of large images cost no memory and the varying dimensions can be read off.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.classes = Classes()
+        self.uses: dict[str, Use] = {}
+        self.trouble: dict[str, str] = {}
+        """Layer with weights -> why it cannot be resized."""
+        self._moves = Moves(self.classes)
+
+    def run(self, graph: fx.Graph, example: Tensor) -> None:
+        """Run a graph on a batch of one image; a ValueError names the node at which the network itself fails.
+
+        Several graphs of one model may be run: what holds in any of them holds.
+        """
+        self.trouble |= _troubled_modules(self.model, graph)
+        modules = dict(self.model.named_modules())
+        values: dict[fx.Node, Any] = {}
+        labels: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            module = modules[str(node.target)] if node.op == "call_module" else None
+            if node.op == "output":
+                self._freeze(fx.node.map_arg(node.args, labels.__getitem__), "network output")
+                break
+            values[node] = _evaluate(node, module, self.model, values, example)
+            labels[node] = self._label(node, module, values[node], labels)
+        self._moves.settle()
+
+    def _freeze(self, value: Any, reason: str) -> None:
+        for tensor in leaves(value, Tensor):
+            self.classes.freeze(tensor, reason)
+        for count in leaves(value, Count):
+            self.classes.freeze(count.labels, reason)
+
+    def _label(self, node: fx.Node, module: nn.Module | None, value: Any, labels: Any) -> Any:
+        shapes = leaves(value, Tensor)
+        if node.op == "placeholder" and shapes:
+            made = along(self.classes.fresh(value.shape[1], UNNORMALISED), 1, value.shape)
+            self._freeze(made, "network input")
+            return made
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), labels.__getitem__)
+        name = "" if node.op in ("placeholder", "get_attr") else ops.name_of(node, module)
+        if not shapes:
+            return self._number(node, name, args, kwargs, value)
+        if node.op == "get_attr":
+            return _filled(value, torch.tensor(CONSTANT))
+        if isinstance(module, (ops.NORMALISING, *ops.PRODUCING)):
+            return self._bind(str(node.target), module, leaves((args, kwargs), Tensor)[0], value)
+        return self._through(node, module, name, args, kwargs, value)
+
+    def _number(self, node: fx.Node, name: str, args: Any, kwargs: Any, value: Any) -> Any:
+        """Follow numbers of channels through arithmetic."""
+        if name in ("size", "getattr shape") and isinstance(args[0], Tensor):
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None) if name == "size" else None
+            return sizes(args[0]) if dim is None else sizes(args[0])[dim]
+        if ops.reads_no_values(name):
+            return value
+        if node.target in ops.COUNTING and not leaves((args, kwargs), Tensor):
+            return node.target(*args, **kwargs)
+        self._freeze((args, kwargs), f"values read by '{_place(node)}'")
+        return value
+
+    def _bind(self, name: str, module: nn.Module, inputs: Tensor, value: Tensor) -> Tensor:
+        """Let a layer with weights read its input's labels and make new ones for its output."""
+        dim = inputs.dim() - 1 if isinstance(module, nn.Linear) else inputs.dim() - _num_trailing(module, inputs) - 1
+        if varying(inputs) <= {dim}:
+            features = line(inputs, dim).clone()
+        else:
+            self._freeze(inputs, f"'{name}' reads several channels as one")
+            features = torch.full((inputs.shape[dim],), CONSTANT)
+        outputs = self._made(name, module, features, value.shape[dim])
+        if name in self.trouble:
+            self._freeze((features, outputs), self.trouble[name])
+        first = self.uses.setdefault(name, Use(name, isinstance(module, ops.NORMALISING), features, outputs))
+        if first.outputs is not outputs:  # in another graph, or once more in this one
+            self.classes.join(first.inputs, features)
+            self.classes.join(first.outputs, outputs)
+        return along(outputs, dim, value.shape)
+
+    def _made(self, name: str, module: nn.Module, features: Tensor, count: int) -> Tensor:
+        """Make the labels of a layer's output (count,), and bind what its groups bind."""
+        classes = self.classes
+        if isinstance(module, ops.NORMALISING):
+            return classes.fresh(count)  # zero once gamma and beta are
+        groups = module.groups if isinstance(module, ops.CONVOLVING) else 1
+        if isinstance(module, ops.CONVOLVING) and groups == module.in_channels and groups > 1:
+            sources = features.repeat_interleave(count // groups)
+            bias = classes.cause(f"'{name}' adds a bias") if module.bias is not None else 0
+            made = classes.fresh(count, np.where(classes.raw(sources) > 0, classes.raw(sources), bias))
+            classes.join(sources, made)
+            return made
+        classes.read(features, name)
+        made = classes.fresh(count, UNNORMALISED)
+        if groups > 1:  # the groups stay, and stay equal
+            for ends in (features, made):
+                parts = ends.view(groups, -1)
+                classes.join(parts, parts[:1].expand_as(parts))
+        return made
+
+    def _through(self, node: fx.Node, module: nn.Module | None, name: str, args: Any, kwargs: Any, value: Any) -> Any:
+        """Follow labels through an operation without weights; what is not known to keep channels apart freezes them."""
+        inputs = leaves((args, kwargs), Tensor)
+        if name == "getitem" and not isinstance(args[0], Tensor):
+            return args[0][args[1]]
+        single, why = isinstance(value, Tensor), None
+        made: Any = None
+        if name in ops.PASSING and single:
+            return inputs[0]
+        if name in ops.SHIFTING and single:
+            return shifted(self.classes, inputs[0], name, _place(node))
+        if name in ops.POOLING and single:
+            made, why = pooled(inputs[0], ops.POOLING[name], value.shape)
+        elif name in ops.AVERAGING and single:
+            made, why = averaged(args, kwargs)
+        elif name in ops.JOINING and single:
+            made, why = joined(self.classes, name, args, kwargs, value, _place(node))
+        elif name in ops.MOVING:
+            made, why = self._moves.move(node, module, name, args, kwargs, value)
+        else:
+            why = f"operation '{name}' is not known to keep channels apart"
+        if why is None:
+            return made
+        joint = self.classes.fresh(1, UNNORMALISED)
+        self._freeze((args, kwargs, joint), f"{why} at '{_place(node)}'")
+        return _filled(value, joint[0]) if made is None else made
+
+
+def _evaluate(node: fx.Node, module: nn.Module | None, model: nn.Module, values: Any, example: Tensor) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if node.op == "placeholder":
+        return _argument(node, args, example)
+    if node.op == "get_attr":
+        owner, _, attribute = str(node.target).rpartition(".")
+        return getattr(model.get_submodule(owner), attribute)
+    if (same := _of_same_shape(node, module, args)) is not None:
+        return same
+    try:
+        if module is not None:
+            return module.forward(*args, **kwargs)  # not module(...): hooks are the user's and may record
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target), "fx: every other call is one of a function"
+        return node.target(*args, **kwargs)
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"the network does not run on an example of shape {tuple(example.shape)}: "
+            f"'{_place(node)}' says: {first_line}; give an example (n, 3, height, width) that it accepts"
+        ) from error
+
+
+def _of_same_shape(node: fx.Node, module: nn.Module | None, args: Any) -> Tensor | None:
+    """Spare shapes without numbers the operations that keep them: on the meta device torch is slow at some."""
+    if len(args) == 0 or not isinstance(args[0], Tensor) or not args[0].is_meta:
+        return None
+    if isinstance(module, ops.NORMALISING):
+        fits = args[0].dim() > 1 and args[0].shape[1] == module.num_features and ops.is_plain(module)
+        return args[0] if fits else None
+    known = node.op in ("call_module", "call_function", "call_method") and ops.name_of(node, module) in ops.PASSING
+    return args[0] if known else None
+
+
+def _argument(node: fx.Node, default: Any, example: Tensor) -> Any:
+    """Give the network its example as the first argument and the defaults as all others."""
+    if node is next(other for other in node.graph.nodes if other.op == "placeholder"):
+        return example
+    if default:
+        return default[0]
+    name = str(node.target)
+    if name.startswith("*"):
+        return {} if name.startswith("**") else ()
+    raise ValueError(f"the network's input '{name}' has no default; wrap it in a module that takes one batch of images")
+
+
+def _troubled_modules(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
+    """Name the layers that cannot be resized, with the reason."""
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (ops.NORMALISING, *ops.PRODUCING))}
+    owners: dict[int, str] = {}
+    trouble: dict[str, str] = {}
+    for name, layer in layers.items():
+        own = dict(layer.named_parameters(recurse=False))
+        twins = [owners.setdefault(id(parameter), name) for parameter in own.values()]
+        others = [other for other in twins if other != name]
+        if others:
+            trouble[name] = f"'{name}' and '{others[0]}' share a parameter"
+            trouble.setdefault(others[0], trouble[name])
+        if calls[name] > 1:
+            trouble[name] = f"module used more than once '{name}'"
+        elif name in read:
+            trouble[name] = f"a parameter of '{name}' is read outside it"
+        elif isinstance(layer, ops.NORMALISING) and not layer.affine:
+            trouble[name] = f"BatchNorm '{name}' has no gamma (affine=False)"
+        elif not ops.is_plain(layer) or not {"weight"} <= own.keys() <= {"weight", "bias"}:
+            trouble[name] = f"'{name}' computes its weight from other tensors"
+        elif isinstance(layer, ops.CONVOLVING) and layer.groups > 1 and layer.transposed:
+            trouble[name] = f"grouped transposed convolution '{name}'"
+    return trouble
+
+
+def _num_trailing(module: nn.Module, inputs: Tensor) -> int:
+    """Count the spatial dimensions behind the channel's."""
+    if isinstance(module, ops.CONVOLVING):
+        return len(module.kernel_size)
+    return inputs.dim() - 2  # BatchNorm: (n, channels, ...)
+
+
+def _place(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    home = next(reversed(stack)) if stack else ""
+    return f"{home}.{node.name}" if home else node.name
+
+
+def _filled(value: Any, label: Tensor) -> Any:
+    """Give every tensor of a value one and the same label."""
+    return map_aggregate(value, lambda leaf: label.expand(leaf.shape) if isinstance(leaf, Tensor) else leaf)

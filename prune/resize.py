@@ -1,0 +1,129 @@
+"""One layer, cut: whether it fits its slice, its tensors, its sizes, and the selection around it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from netslim.prune import operations as ops
+from netslim.prune.plan import Plan, Selection, Slice
+from netslim.prune.select import ScatterChannels, SelectChannels
+
+
+def fitting_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Find the layers of the plan; ValueError if the model is not the one that it was made for."""
+    layers = dict(model.named_modules())
+    for kept in plan.layers:
+        norm = layers.get(kept.name)
+        if not isinstance(norm, ops.NORMALISING):
+            raise ValueError(f"the plan does not fit the network: it has no BatchNorm '{kept.name}'")
+        _check_width(kept.name, "channels", norm.num_features, kept.width)
+    for part in plan.slices:
+        layer = layers.get(part.name)
+        if not isinstance(layer, (ops.NORMALISING, *ops.PRODUCING)):
+            raise ValueError(f"the plan does not fit the network: it has no convolution or linear layer '{part.name}'")
+        num_inputs, num_outputs = _sizes(layer)
+        _check_width(part.name, "inputs", num_inputs, part.num_inputs)
+        _check_width(part.name, "outputs", num_outputs, part.num_outputs)
+        if isinstance(layer, ops.CONVOLVING) and layer.groups > 1:
+            _check_groups(layer, part)
+    return layers
+
+
+def _check_groups(layer: nn.Module, part: Slice) -> None:
+    """Refuse a plan after which the groups of a convolution would not be equal."""
+    assert isinstance(layer, ops.CONVOLVING), "asked before"
+    deep = layer.groups == layer.in_channels
+    kept_inputs = range(part.num_inputs) if part.inputs is None else part.inputs
+    kept_outputs = range(part.num_outputs) if part.outputs is None else part.outputs
+    per_input, per_output = part.num_inputs // layer.groups, part.num_outputs // layer.groups
+    if deep:
+        alike = [i for i in kept_inputs for _ in range(per_output)] == [o // per_output for o in kept_outputs]
+    else:
+        alike = _alike(kept_inputs, per_input, layer.groups) and _alike(kept_outputs, per_output, layer.groups)
+    if not alike:
+        raise ValueError(f"the plan does not fit the network: it leaves unequal groups in '{part.name}'")
+
+
+def _alike(kept: Sequence[int], width: int, groups: int) -> bool:
+    first = [index for index in kept if index < width]
+    return list(kept) == [group * width + index for group in range(groups) for index in first]
+
+
+def _check_width(name: str, what: str, have: int, want: int) -> None:
+    if have != want:
+        raise ValueError(f"the plan does not fit the network: '{name}' has {have} {what}, the plan says {want}")
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, ops.CONVOLVING):
+        return layer.in_channels, layer.out_channels
+    assert isinstance(layer, ops.NORMALISING), "checked before"
+    return layer.num_features, layer.num_features
+
+
+def resize(layer: nn.Module, part: Slice) -> None:
+    """Let a layer say its new sizes."""
+    num_inputs = part.num_inputs if part.inputs is None else len(part.inputs)
+    num_outputs = part.num_outputs if part.outputs is None else len(part.outputs)
+    if isinstance(layer, nn.Linear):
+        layer.in_features, layer.out_features = num_inputs, num_outputs
+    elif isinstance(layer, ops.CONVOLVING):
+        if layer.groups > 1 and layer.groups == layer.in_channels:
+            layer.groups = num_inputs
+        layer.in_channels, layer.out_channels = num_inputs, num_outputs
+    else:
+        assert isinstance(layer, ops.NORMALISING), "checked before"
+        layer.num_features = num_outputs
+
+
+def surround(small: nn.Module, around: Selection) -> None:
+    """Put a selection before a BatchNorm, or zeros among its results, wherever the network holds it."""
+    norm = small.get_submodule(around.name)
+    device = next(norm.parameters()).device
+    parts: dict[str, nn.Module] = {"norm": norm}
+    if around.before is not None:
+        parts = {"select": SelectChannels(around.before, device), **parts}
+    if around.after is not None:
+        parts["scatter"] = ScatterChannels(around.after, around.num_after, device)
+    sequence = nn.Sequential(OrderedDict(parts)).train(norm.training)
+    for parent in [*small.modules()]:
+        for name, child in [*parent.named_children()]:
+            if child is norm:
+                setattr(parent, name, sequence)
+
+
+def sliced(layer: nn.Module, name: str, tensor: Tensor, part: Slice) -> Tensor:
+    """Take the kept features of a weight (out, in / groups, ...), transposed (in, out, ...), or of a vector (out,)."""
+    out_dim, in_dim = (1, 0) if isinstance(layer, ops.CONVOLVING) and layer.transposed else (0, 1)
+    if name != "weight" or tensor.dim() == 1:
+        out_dim = 0
+    values = tensor.detach()
+    if part.outputs is not None:
+        values = values.index_select(out_dim, torch.tensor(part.outputs, device=tensor.device))
+    if part.inputs is not None and tensor.dim() > 1:
+        inputs = _of_one_group(layer, part.inputs) if isinstance(layer, ops.CONVOLVING) else part.inputs
+        values = values.index_select(in_dim, torch.tensor(inputs, device=tensor.device))
+    values = _laid_out_like(tensor, values)
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _of_one_group(layer: nn.Module, inputs: tuple[int, ...]) -> tuple[int, ...]:
+    """Give the kept inputs of a convolution's first group: all groups keep the same."""
+    assert isinstance(layer, ops.CONVOLVING), "asked before"
+    width = layer.in_channels // layer.groups
+    return inputs if layer.groups == 1 else tuple(index for index in inputs if index < width) if width > 1 else (0,)
+
+
+def _laid_out_like(tensor: Tensor, values: Tensor) -> Tensor:
+    """Copy values into memory in the order of the tensor's dimensions there: index_select forgets channels_last."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)  # stable, also in reverse
+    if order == list(range(tensor.dim())) and values.is_contiguous() and values.data_ptr() != tensor.data_ptr():
+        return values  # a copy already
+    empty = torch.empty_permuted(values.shape, order, dtype=values.dtype, device=values.device)
+    return empty.copy_(values)

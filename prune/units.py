@@ -1,0 +1,124 @@
+"""What a choice is made of: the units that go or stay as a whole, and the room that every layer has for losing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from netslim.prune.channels import ChannelMap, Coupling, Layer
+from netslim.prune.classes import Ints
+from netslim.prune.slices import Flags
+
+Reduce = Literal["max", "mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What goes or stays as a whole: single gammas, or classes of them."""
+
+    layers: Ints
+    """(gammas,) order of the gamma's layer."""
+    indices: Ints
+    """(gammas,) the gamma's channel there."""
+    owners: Ints
+    """(gammas,) the unit it belongs to, -1 if it stays for good."""
+    scores: NDArray[np.float64]  # (units,)
+    order: Ints
+    """(units,) in the order in which they go."""
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """Gammas per unit, (units,)."""
+        return np.bincount(self.owners[self.owners >= 0], minlength=len(self.scores))
+
+
+def units_of(
+    gammas: Mapping[str, Tensor], channels: ChannelMap, coupling: Coupling, reduce: Reduce, exclude: Sequence[str]
+) -> Units:
+    """Find what can go, and score it by its gammas; ValueError if they are missing, misshapen or not finite."""
+    widths = [layer.width for layer in channels.layers]
+    layers = np.repeat(np.arange(len(widths)), widths)
+    open_ = np.concatenate([np.asarray(layer.removable(coupling)) for layer in channels.layers])
+    excluded = np.array([any(fnmatchcase(layer.name, p) for p in exclude) for layer in channels.layers])[layers]
+    keys = np.arange(len(layers))
+    if coupling == "group":
+        keys = np.concatenate([np.asarray(layer.classes) for layer in channels.layers])
+        excluded = np.isin(keys, keys[excluded])  # a class goes whole or not at all
+    free = open_ & ~excluded
+    _, first, numbers = np.unique(keys[free], return_index=True, return_inverse=True)
+    owners = np.full(len(layers), -1)
+    owners[free] = numbers
+    sizes = np.concatenate(
+        [_sizes(gammas, x) if any(x.removable(coupling)) else np.zeros(x.width) for x in channels.layers]
+    )
+    scores = _reduced(sizes[free], numbers, len(first), reduce)
+    indices = np.concatenate([np.arange(width) for width in widths])
+    return Units(layers, indices, owners, scores, np.lexsort((first, scores)))
+
+
+def _reduced(sizes: NDArray[np.float64], numbers: Ints, count: int, reduce: Reduce) -> NDArray[np.float64]:
+    if reduce == "max":
+        scores = np.zeros(count)
+        np.maximum.at(scores, numbers, sizes)
+        return scores
+    scores = np.bincount(numbers, sizes, count).astype(np.float64)
+    return scores if reduce == "sum" else scores / np.maximum(np.bincount(numbers, minlength=count), 1)
+
+
+class Rooms:
+    """What may still be lost: by a BatchNorm down to its floor, by an end of any other layer down to one channel."""
+
+    def __init__(self, channels: ChannelMap, units: Units, floors: Ints, coupling: Coupling) -> None:
+        widths = np.array([layer.width for layer in channels.layers])
+        mine = units.owners >= 0
+        rooms, owners, capacity = [units.layers[mine]], [units.owners[mine]], [np.maximum(widths - floors, 0)]
+        if coupling == "group":  # a selection stands in wherever single gammas would empty another layer
+            norms = {layer.name for layer in channels.layers}
+            ends = {end.name: end for end in channels.modules}
+            unit_of = np.full(len(channels.fixed), -1)
+            own = [ends[layer.name] for layer in channels.layers]
+            for numbers in ([end.inputs for end in own], [end.outputs for end in own]):
+                unit_of[np.concatenate([np.asarray(part) for part in numbers])[mine]] = units.owners[mine]
+            sides = [
+                np.asarray(s) for end in channels.modules if end.name not in norms for s in (end.inputs, end.outputs)
+            ]
+            for room, side in enumerate(sides, len(widths)):
+                found = unit_of[side]
+                owners.append(found[found >= 0])
+                rooms.append(np.full(len(owners[-1]), room))
+            capacity.append(np.array([len(side) - 1 for side in sides]))
+        self._rooms, self._owners = np.concatenate(rooms), np.concatenate(owners)
+        self._capacity = np.concatenate(capacity)
+
+    def left(self, taken: Flags) -> Ints:
+        """Say what each room can still lose, (rooms,), once these units, (units,), are gone; negative = too much."""
+        return self._capacity - np.bincount(self._rooms[taken[self._owners]], minlength=len(self._capacity))
+
+    @cached_property
+    def needs(self) -> list[dict[int, int]]:
+        """Per unit what it takes from which room."""
+        pairs, counts = np.unique(self._owners * len(self._capacity) + self._rooms, return_counts=True)
+        owners, rooms = np.divmod(pairs, len(self._capacity))
+        bounds = np.flatnonzero(np.diff(owners)) + 1
+        parts = zip(np.split(rooms, bounds), np.split(counts, bounds), strict=True)
+        return [dict(zip(room.tolist(), count.tolist(), strict=True)) for room, count in parts]
+
+
+def _sizes(gammas: Mapping[str, Tensor], layer: Layer) -> NDArray[np.float64]:
+    if layer.name not in gammas:
+        raise ValueError(f"no gammas are given for BatchNorm '{layer.name}'")
+    gamma = gammas[layer.name].detach()
+    if gamma.shape != (layer.width,):
+        raise ValueError(f"BatchNorm '{layer.name}' has {layer.width} channels, its gammas are {tuple(gamma.shape)}")
+    if not bool(torch.isfinite(gamma).all()):
+        raise ValueError(f"BatchNorm '{layer.name}' has gammas that are NaN or infinite; train again with a lower rate")
+    sizes: NDArray[np.float64] = gamma.double().abs().cpu().numpy()  # float64 holds every smaller type exactly
+    return sizes
