@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from netslim.data import DataConfig
+from netslim.prune import Coupling
 from netslim.train import EngineConfig, FitConfig, ModelConfig, RecordConfig, SparsityConfig
 
 
@@ -23,6 +24,8 @@ from netslim.train import EngineConfig, FitConfig, ModelConfig, RecordConfig, Sp
 class PruneConfig:
     ratio: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.5,)
     """Shares of all prunable BatchNorm channels to remove; each is pruned and fine-tuned from the same sparse model."""
+    coupling: Coupling = "group"
+    """group: channels that the network couples go together; select: each scale by itself, with index selections."""
     min_channels: Annotated[int, Field(ge=1)] = 1
     """Channels that every layer keeps."""
     min_share: Annotated[float, Field(ge=0, le=1)] = 0.0

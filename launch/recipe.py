@@ -21,7 +21,7 @@ from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
-from netslim.prune import ChannelMap, Plan, cost, cut, load_plan, make_plan, map_channels, prove
+from netslim.prune import Plan, cost, cut, load_plan, make_plan, map_channels, prove
 from netslim.train import FitConfig, Record, Runtime, build_model, evaluate, fit
 
 STAGES = ("sparsify", "prune", "finetune")
@@ -72,9 +72,8 @@ def rehearse(job: Job) -> None:
 
     def plan_all() -> None:
         model = job.build()
-        channels = map_channels(model, blank_image(job))
         for ratio in job.config.prune.ratio:
-            plan_cut(job, model, channels, ratio)
+            plan_cut(job, model, blank_image(job), ratio)
 
     job.run.on_main(plan_all)
 
@@ -85,7 +84,8 @@ def sparsify(job: Job) -> None:
     if job.is_done(directory):
         return
     model = job.build()
-    gammas = map_channels(model, blank_image(job)).gammas(model)
+    coupling = job.config.prune.coupling
+    gammas = map_channels(model, blank_image(job), coupling).gammas(model, coupling)
     row = {"stage": "sparse", "ratio": 0.0}
     train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas)
 
@@ -100,7 +100,7 @@ def prune(job: Job, ratio: float) -> None:
 
     def decide() -> tuple[str, float]:
         images, _ = next(iter(job.loaders.test))
-        plan = plan_cut(job, sparse, map_channels(sparse, images[:16]), ratio)
+        plan = plan_cut(job, sparse, images[:1], ratio)
         return plan.to_json(), prove(sparse, cut(sparse, plan), plan, images[:16])
 
     text, difference = run.on_main(decide)
@@ -128,14 +128,16 @@ def prune(job: Job, ratio: float) -> None:
         record.finish(finish(job, small, plan, directory, metrics, started))
 
 
-def plan_cut(job: Job, model: nn.Module, channels: ChannelMap, ratio: float) -> Plan:
-    floors = job.config.prune
+def plan_cut(job: Job, model: nn.Module, example: torch.Tensor, ratio: float) -> Plan:
+    config = job.config.prune
+    channels = map_channels(model, example, config.coupling)
     return make_plan(
-        channels.named_gammas(model),
+        channels.named_gammas(model, config.coupling),
         channels,
         ratio=ratio,
-        min_channels=floors.min_channels,
-        min_share=floors.min_share,
+        coupling=config.coupling,
+        min_channels=config.min_channels,
+        min_share=config.min_share,
     )
 
 

@@ -206,6 +206,14 @@ def test_a_full_disk_ends_the_run_and_leaves_no_stage_that_looks_complete(
     assert not list(full_disk.glob("*/metrics.json"))
 
 
+@pytest.mark.parametrize("coupling", ["group", "select"])
+def test_a_residual_network_is_slimmed_end_to_end_under_either_coupling(
+    coupling: str, netslim: Netslim, tiny: list[object]
+) -> None:
+    flags = ["--model.name", "preresnet20", "--model.width", 0.25, "--prune.coupling", coupling, "--prune.ratio", 0.5]
+    assert netslim("run", *tiny, *flags)[0] == 0
+
+
 def test_a_network_without_batch_norm_is_refused(netslim: Netslim, tiny: list[object]) -> None:
     code, error = netslim("run", *tiny, "--model.name", "squeezenet1_1", "--model.width", 1, "--data.size", 32)
     assert code == 2
