@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Warm pip caches and quiet output; the constraints pin every version that the tests were run with.
 PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
@@ -39,8 +38,10 @@ format: $(READY_DEV)
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# FFCV compiles against OpenCV and TurboJPEG. The header is that of the Python that makes the virtual environment.
+# FFCV compiles against OpenCV, TurboJPEG and Python. The constraints pin every version that the tests were run with.
 $(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "netslim needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@missing=; \
 	command -v pkg-config >/dev/null || missing="$$missing pkg-config"; \
 	command -v g++ >/dev/null || missing="$$missing g++"; \
