@@ -210,11 +210,8 @@ def _one_line(stop: SystemExit, printed: str) -> str:
             # tyro builds the innermost dataclass, so that the name lacks what stands before it
             section = re.search(r"Error parsing (?:--)?([\w.]+):", printed)
             prefix = f"{section.group(1)}." if section else ""
-            return (
-                f"{prefix}{_describe(cause, [])}"
-                if cause.errors()[0]["type"] != "value_error"
-                else _describe(cause, [])
-            )
+            is_ours = cause.errors()[0]["type"] == "value_error"  # and names its field itself
+            return _describe(cause, []) if is_ours else prefix + _describe(cause, [])
         cause = cause.__context__
     lines = [line.strip("│╭╰─╮╯ ") for line in printed.splitlines()]
     body = lines[1 : lines.index("", 1)] if "" in lines[1:] else lines[1:]
