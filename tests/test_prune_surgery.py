@@ -9,7 +9,7 @@ from test_prune_nets import EXAMPLE, Residual, chain, scramble
 from torch import nn
 
 from netslim.prune import cut, largest_difference, make_plan, map_channels, masked, slim
-from netslim.prune import surgery as slimming_module
+from netslim.prune import slimming as slimming_module
 
 
 def net() -> nn.Module:
