@@ -118,14 +118,16 @@ def prune(job: Job, ratio: float) -> None:
         "threshold": plan.threshold,
         "num_channels": plan.num_channels,
         "num_removed": plan.num_removed,
+        "rules": str(plan.rules),
         "spared_by_floors": dict(plan.spared),
+        "restored_by_rounding": sum(layer.restored for layer in plan.layers),
         "difference_from_masked": difference,
         "plan_digest": plan.digest,
     }
     with open_record(job, directory, metrics) as record:
         record.say(
-            f"{plan.num_removed} of {plan.num_channels} channels removed, accuracy {evaluation.accuracy:.4f}, "
-            f"cut and masked network differ by {difference:.1e}"
+            f"{plan.num_removed} of {plan.num_channels} channels removed ({plan.rules or 'no rules'}), "
+            f"accuracy {evaluation.accuracy:.4f}, cut and masked network differ by {difference:.1e}"
         )
         record.finish(finish(job, small, plan, directory, metrics, started))
 
