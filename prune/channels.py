@@ -50,6 +50,8 @@ class Ends:
     """The channels at the two ends of a convolution, linear layer or BatchNorm; equal numbers are one channel."""
 
     name: str
+    kind: str
+    """The type of the layer, as in `Conv2d`."""
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
@@ -167,7 +169,7 @@ def _channels(flow: Flow) -> ChannelMap:
             why = np.where(own < len(reasons), own, class_held[shared[inputs]])
             layers.append(_layer(use.name, number[shared[inputs]], why, reasons, use.name not in flow.trouble))
     modules = tuple(
-        Ends(use.name, tuple(number[inputs].tolist()), tuple(number[outputs].tolist()))
+        Ends(use.name, use.kind, tuple(number[inputs].tolist()), tuple(number[outputs].tolist()))
         for use, (inputs, outputs) in zip(uses, ends, strict=True)
     )
     return ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()))

@@ -22,6 +22,7 @@ class Use:
     """The first call of a convolution, linear layer or BatchNorm: the labels that it reads and makes."""
 
     name: str
+    kind: str
     normalises: bool
     inputs: Tensor  # (features,), CONSTANT where there is none that could be cut
     outputs: Tensor  # (features,)
@@ -105,7 +106,8 @@ class Flow:
         outputs = self._made(name, module, features, value.shape[dim])
         if name in self.trouble:
             self._freeze((features, outputs), self.trouble[name])
-        first = self.uses.setdefault(name, Use(name, isinstance(module, ops.NORMALISING), features, outputs))
+        use = Use(name, type(module).__name__, isinstance(module, ops.NORMALISING), features, outputs)
+        first = self.uses.setdefault(name, use)
         if first.outputs is not outputs:  # in another graph, or once more in this one
             self.classes.join(first.inputs, features)
             self.classes.join(first.outputs, outputs)
