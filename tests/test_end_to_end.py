@@ -21,13 +21,13 @@ SHORT = [
 ]
 
 
-def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def call(*arguments: object, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(argument) for argument in arguments],
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
 
@@ -184,3 +184,30 @@ def test_bf16_accumulation_clipping_proximal_steps_and_the_torch_loader_run_toge
     assert done.returncode == 0, done.stderr
     values = results(tmp_path / "run")
     assert (values["loader"], values["world_size"], len(values["rows"])) == ("torch", 2, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("name", "width", "coupling"),
+    [("preresnet20", 0.5, "select"), ("densenet40", 0.5, "select"), ("resnet18", 1, "group")],
+)
+def test_coupled_networks_are_slimmed_in_two_processes_and_learn(
+    name: str, width: float, coupling: str, tmp_path: Path, data_cache: Path
+) -> None:
+    choices = ["--model.name", name, "--model.width", width, "--prune.coupling", coupling, "--prune.ratio", 0.5]
+    choices += ["--sparsify.epochs", 6, "--finetune.epochs", 3, "--sparsity.weight", 1e-3]
+    choices += ["--data.size", 16, "--data.cache", data_cache]
+    directory = tmp_path / "run"
+    arguments = ["run", "digits", "--run-dir", directory, *choices, "--record.wandb", "disabled"]
+    done = call(SCRIPT, *arguments, timeout=1700)
+    print(f"{name}\n{done.stdout}")
+    assert done.returncode == 0, done.stderr
+    values = results(directory)
+    sparse, cut, finetuned = values["rows"]
+    assert (values["world_size"], finetuned["stage"]) == (2, "finetuned")
+    metrics = json.loads((directory / "prune-0.50" / "metrics.json").read_text())
+    assert metrics["num_removed"] == metrics["num_channels"] // 2
+    assert metrics["difference_from_masked"] <= 1e-5
+    assert cut["params"] == finetuned["params"] < sparse["params"]
+    assert finetuned["accuracy"] > 0.5  # ten classes
