@@ -15,7 +15,7 @@ from netslim.prune import operations as ops
 from netslim.prune.classes import CONSTANT, Ints, merged
 from netslim.prune.flow import Flow
 from netslim.prune.shadow import on_a_copy
-from netslim.prune.tracing import few, graphs
+from netslim.prune.tracing import few, traces
 
 Coupling = Literal["group", "select"]
 """group: gammas of one class live or die together; select: each by itself, with index selections where needed."""
@@ -50,6 +50,8 @@ class Ends:
     """The channels at the two ends of a convolution, linear layer or BatchNorm; equal numbers are one channel."""
 
     name: str
+    kind: str
+    """The type of the layer, as in `Conv2d`."""
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
@@ -142,8 +144,9 @@ def map_channels(model: nn.Module, example: Tensor, coupling: Coupling = "group"
 
 
 def _flow(model: nn.Module, example: Tensor) -> Flow:
-    flow = Flow(model)
-    for graph in graphs(model):
+    found = traces(model)
+    flow = Flow(model, found.opaque)
+    for graph in found.graphs:
         flow.run(graph, example)
     return flow
 
@@ -167,7 +170,7 @@ def _channels(flow: Flow) -> ChannelMap:
             why = np.where(own < len(reasons), own, class_held[shared[inputs]])
             layers.append(_layer(use.name, number[shared[inputs]], why, reasons, use.name not in flow.trouble))
     modules = tuple(
-        Ends(use.name, tuple(number[inputs].tolist()), tuple(number[outputs].tolist()))
+        Ends(use.name, use.kind, tuple(number[inputs].tolist()), tuple(number[outputs].tolist()))
         for use, (inputs, outputs) in zip(uses, ends, strict=True)
     )
     return ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()))

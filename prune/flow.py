@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ class Use:
     """The first call of a convolution, linear layer or BatchNorm: the labels that it reads and makes."""
 
     name: str
+    kind: str
     normalises: bool
     inputs: Tensor  # (features,), CONSTANT where there is none that could be cut
     outputs: Tensor  # (features,)
@@ -34,8 +36,10 @@ class Flow:
     which the labels do not vary, so labels of large images cost no memory and the varying dimensions can be read off.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, opaque: Mapping[str, str] | None = None) -> None:
         self.model = model
+        self.opaque = opaque or {}
+        """Module that is called without a look inside -> why."""
         self.classes = Classes()
         self.uses: dict[str, Use] = {}
         self.trouble: dict[str, str] = {}
@@ -57,8 +61,32 @@ class Flow:
                 self._freeze(fx.node.map_arg(node.args, labels.__getitem__), "network output")
                 break
             values[node] = _evaluate(node, module, self.model, values, example)
+            self._keep_hidden(node, module)
             labels[node] = self._label(node, module, values[node], labels)
         self._moves.settle()
+
+    def _keep_hidden(self, node: fx.Node, module: nn.Module | None) -> None:
+        """Keep the layers that a node uses without calling them: what becomes of their channels is not seen."""
+        name = str(node.target)
+        if node.op == "get_attr":
+            owner = name.rpartition(".")[0]
+            layer = self.model.get_submodule(owner)
+            if isinstance(layer, ops.WEIGHTED):
+                self._keep(owner, layer, self.trouble[owner])
+        if module is None or (name not in self.opaque and not _is_whole(module)):
+            return
+        inside = {id(part) for part in module.modules()}
+        weights = {id(parameter) for parameter in module.parameters()}
+        why = self.opaque.get(name, f"inside '{name}', which is not known to keep channels apart")
+        for inner, layer in ops.layers_of(self.model).items():
+            if id(layer) in inside or any(id(own) in weights for own in layer.parameters(recurse=False)):
+                self._keep(inner, layer, why)
+
+    def _keep(self, name: str, layer: nn.Module, why: str) -> None:
+        self.trouble.setdefault(name, why)
+        ends = [self.classes.fresh(width, UNNORMALISED) for width in ops.widths(layer)]
+        use = self.uses.setdefault(name, _use(name, layer, *ends))
+        self._freeze((use.inputs, use.outputs), why)
 
     def _freeze(self, value: Any, reason: str) -> None:
         for tensor in leaves(value, Tensor):
@@ -74,11 +102,13 @@ class Flow:
             return made
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), labels.__getitem__)
         name = "" if node.op in ("placeholder", "get_attr") else ops.name_of(node, module)
+        if module is not None and (why := self.opaque.get(str(node.target))):
+            return self._mixed((args, kwargs), value, why)
         if not shapes:
             return self._number(node, name, args, kwargs, value)
         if node.op == "get_attr":
             return _filled(value, torch.tensor(CONSTANT))
-        if isinstance(module, (ops.NORMALISING, *ops.PRODUCING)):
+        if isinstance(module, ops.WEIGHTED):
             return self._bind(str(node.target), module, leaves((args, kwargs), Tensor)[0], value)
         return self._through(node, module, name, args, kwargs, value)
 
@@ -105,7 +135,7 @@ class Flow:
         outputs = self._made(name, module, features, value.shape[dim])
         if name in self.trouble:
             self._freeze((features, outputs), self.trouble[name])
-        first = self.uses.setdefault(name, Use(name, isinstance(module, ops.NORMALISING), features, outputs))
+        first = self.uses.setdefault(name, _use(name, module, features, outputs))
         if first.outputs is not outputs:  # in another graph, or once more in this one
             self.classes.join(first.inputs, features)
             self.classes.join(first.outputs, outputs)
@@ -154,9 +184,23 @@ class Flow:
             why = f"operation '{name}' is not known to keep channels apart"
         if why is None:
             return made
+        mixed = self._mixed((args, kwargs), value, f"{why} at '{_place(node)}'")
+        return mixed if made is None else made
+
+    def _mixed(self, inputs: Any, value: Any, why: str) -> Any:
+        """Keep all that goes into an operation and all that comes out of it."""
         joint = self.classes.fresh(1, UNNORMALISED)
-        self._freeze((args, kwargs, joint), f"{why} at '{_place(node)}'")
-        return _filled(value, joint[0]) if made is None else made
+        self._freeze((inputs, joint), why)
+        return _filled(value, joint[0])
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Tell whether a module that is called holds others, which the graph then does not show."""
+    return not isinstance(module, ops.WEIGHTED) and next(module.children(), None) is not None
+
+
+def _use(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Use:
+    return Use(name, type(layer).__name__, isinstance(layer, ops.NORMALISING), inputs, outputs)
 
 
 def _evaluate(node: fx.Node, module: nn.Module | None, model: nn.Module, values: Any, example: Tensor) -> Any:
@@ -210,10 +254,9 @@ def _troubled_modules(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
     """Name the layers that cannot be resized, with the reason."""
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (ops.NORMALISING, *ops.PRODUCING))}
     owners: dict[int, str] = {}
     trouble: dict[str, str] = {}
-    for name, layer in layers.items():
+    for name, layer in ops.layers_of(model).items():
         own = dict(layer.named_parameters(recurse=False))
         twins = [owners.setdefault(id(parameter), name) for parameter in own.values()]
         others = [other for other in twins if other != name]

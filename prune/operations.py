@@ -52,6 +52,7 @@ AVERAGING = frozenset({"mean"})
 NORMALISING = nn.modules.batchnorm._BatchNorm  # 1d, 2d, 3d and SyncBatchNorm
 CONVOLVING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRODUCING = (*CONVOLVING, nn.Linear)
+WEIGHTED = (NORMALISING, *PRODUCING)
 _MODULES: dict[type[nn.Module], str] = {
     nn.Identity: "clone",
     nn.Flatten: "flatten",
@@ -130,6 +131,21 @@ def is_plain(module: nn.Module) -> bool:
         if kind.forward is base.forward and getattr(kind, inner, None) is getattr(base, inner):
             return True
     return False
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Name every convolution, linear layer and BatchNorm of a network."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+
+
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """Count the features at the two ends of a convolution, linear layer or BatchNorm: inputs, outputs."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, CONVOLVING):
+        return layer.in_channels, layer.out_channels
+    assert isinstance(layer, NORMALISING), "nothing else has weights that are cut"
+    return layer.num_features, layer.num_features
 
 
 def reads_no_values(name: str) -> bool:

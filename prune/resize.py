@@ -23,9 +23,9 @@ def fitting_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         _check_width(kept.name, "channels", norm.num_features, kept.width)
     for part in plan.slices:
         layer = layers.get(part.name)
-        if not isinstance(layer, (ops.NORMALISING, *ops.PRODUCING)):
+        if not isinstance(layer, ops.WEIGHTED):
             raise ValueError(f"the plan does not fit the network: it has no convolution or linear layer '{part.name}'")
-        num_inputs, num_outputs = _sizes(layer)
+        num_inputs, num_outputs = ops.widths(layer)
         _check_width(part.name, "inputs", num_inputs, part.num_inputs)
         _check_width(part.name, "outputs", num_outputs, part.num_outputs)
         if isinstance(layer, ops.CONVOLVING) and layer.groups > 1:
@@ -56,15 +56,6 @@ def _alike(kept: Sequence[int], width: int, groups: int) -> bool:
 def _check_width(name: str, what: str, have: int, want: int) -> None:
     if have != want:
         raise ValueError(f"the plan does not fit the network: '{name}' has {have} {what}, the plan says {want}")
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, ops.CONVOLVING):
-        return layer.in_channels, layer.out_channels
-    assert isinstance(layer, ops.NORMALISING), "checked before"
-    return layer.num_features, layer.num_features
 
 
 def resize(layer: nn.Module, part: Slice) -> None:

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_prune_nets import EXAMPLE, NETS, Catenated, Gated, Residual, Shuffling, block, chain
+import torch.nn.functional as F
+from test_prune_nets import EXAMPLE, NETS, Catenated, Gated, Residual, Shuffling, block, chain, scramble
 from torch import Tensor, nn
 from torchvision import models
 
-from netslim.prune import map_channels
+from netslim.prune import largest_difference, map_channels, slim
 
 
 def reasons(model: nn.Module) -> dict[str, list[str]]:
@@ -146,13 +147,103 @@ def test_a_network_with_everything_frozen_is_refused_with_the_reasons():
         map_channels(nn.Sequential(block(3, 4)), EXAMPLE)
 
 
-def test_a_branch_on_values_is_refused_naming_its_module_and_a_remedy():
-    class Branching(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x if x.sum() > 0 else -x
+class Branching(nn.Module):
+    """Decides by values, and keeps one of them: torch.fx can follow neither."""
 
-    with pytest.raises(ValueError, match=r"cannot trace module 'between': .*; move branches"):
-        map_channels(Last(Branching()), EXAMPLE)
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last_seen = block(4, 4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if self.last_seen is None or self.last_seen.shape != x.shape:
+            self.last_seen = x
+        return x if x.sum() > 0 else -x
+
+
+def branching_in_a_chain() -> nn.Module:
+    return nn.Sequential(block(3, 6), block(6, 4), Branching(), block(4, 6), nn.Flatten(), nn.Linear(6 * 1024, 5))
+
+
+class BranchingInAResidual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.branch = block(3, 6), block(6, 4), nn.Sequential(block(4, 4), Branching())
+        self.inner, self.head = block(4, 5), nn.Linear(5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x))
+        return self.head(self.inner(x + self.branch(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("coupling", ["group", "select"])
+@pytest.mark.parametrize("build", [branching_in_a_chain, BranchingInAResidual])
+def test_a_network_is_cut_exactly_around_a_module_that_cannot_be_traced(build, coupling):
+    torch.manual_seed(0)
+    model = scramble(build())
+    small, plan = slim(model, EXAMPLE, ratio=0.5, coupling=coupling)  # raises beyond 1e-5
+    hidden = [name for name in plan.widths if "body" in name]
+    assert len(hidden) == 1
+    assert len(plan.kept[hidden[0]]) == 4
+    assert plan.num_removed > 0
+    assert largest_difference(model, small, plan, EXAMPLE) < 1e-10
+
+
+def test_a_module_that_cannot_be_traced_keeps_what_it_reads_holds_and_makes_and_says_why():
+    channels = map_channels(branching_in_a_chain(), EXAMPLE)
+    free, before, inside, after = channels.layers
+    assert free.num_prunable == after.num_prunable == 6
+    assert before.reasons == inside.reasons
+    assert not inside.selectable
+    ((reason, count),) = inside.reasons
+    assert count == 4
+    assert reason.startswith("torch.fx cannot trace '2': symbolically traced variables")
+    assert reason.endswith("or into a function marked with torch.fx.wrap")
+    assert [(end.name, end.kind) for end in channels.modules][4:6] == [
+        ("2.body.0", "Conv2d"),
+        ("2.body.1", "BatchNorm2d"),
+    ]
+
+
+def test_layers_inside_a_module_of_torch_that_is_called_as_a_whole_are_in_the_map():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block = block(3, 4), block(4, 6)
+            self.attend = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attend(self.block(self.first(x)).flatten(2).transpose(1, 2))
+
+    channels = map_channels(Attending(), EXAMPLE[:, :, ::4, ::4])
+    assert "attend.linear1" in [end.name for end in channels.modules]
+    assert [layer.num_prunable for layer in channels.layers] == [4, 0]
+
+
+def test_a_network_whose_own_forward_branches_on_values_is_refused_with_a_remedy():
+    class Wholly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = chain(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x if x.sum() > 0 else -x)
+
+    with pytest.raises(
+        ValueError, match=r"^torch.fx cannot trace the network's own forward, .*; move branches"
+    ) as error:
+        map_channels(Wholly(), EXAMPLE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batchnorm_that_a_subclass_computes_itself_is_counted():
+    class Own(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+    model = chain(4, 6)
+    model[0][1] = Own(4)
+    assert reasons(model)["0.1"] == ["a parameter of '0.1' is read outside it"]
 
 
 def test_an_example_that_does_not_fit_is_refused_naming_the_layer():
