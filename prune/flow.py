@@ -97,13 +97,13 @@ class Flow:
     def _label(self, node: fx.Node, module: nn.Module | None, value: Any, labels: Any) -> Any:
         shapes = leaves(value, Tensor)
         if node.op == "placeholder" and shapes:
-            made = along(self.classes.fresh(value.shape[1], UNNORMALISED), 1, value.shape)
+            made = self._channels_of(value)
             self._freeze(made, "network input")
             return made
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), labels.__getitem__)
         name = "" if node.op in ("placeholder", "get_attr") else ops.name_of(node, module)
         if module is not None and (why := self.opaque.get(str(node.target))):
-            return self._mixed((args, kwargs), value, why)
+            return self._opaque((args, kwargs), value, why)
         if not shapes:
             return self._number(node, name, args, kwargs, value)
         if node.op == "get_attr":
@@ -186,6 +186,19 @@ class Flow:
             return made
         mixed = self._mixed((args, kwargs), value, f"{why} at '{_place(node)}'")
         return mixed if made is None else made
+
+    def _opaque(self, inputs: Any, value: Any, why: str) -> Any:
+        """Keep what goes into an opaque module and what comes out; so that what meets that stays for this reason."""
+        self._freeze(inputs, why)
+        made = map_aggregate(value, lambda leaf: self._channels_of(leaf) if isinstance(leaf, Tensor) else leaf)
+        self._freeze(made, why)
+        return made
+
+    def _channels_of(self, value: Tensor) -> Tensor:
+        """Make labels for the channels of a value (n, channels, ...)."""
+        if value.dim() < 2:
+            return self.classes.fresh(1, UNNORMALISED)[0].expand(value.shape)
+        return along(self.classes.fresh(value.shape[1], UNNORMALISED), 1, value.shape)
 
     def _mixed(self, inputs: Any, value: Any, why: str) -> Any:
         """Keep all that goes into an operation and all that comes out of it."""

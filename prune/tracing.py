@@ -43,10 +43,10 @@ def traces(model: nn.Module) -> Traces:
     return Traces(tuple(found), opaque)
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
+def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
     """List the first names and say how many more there are."""
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class _Tracer(fx.Tracer):

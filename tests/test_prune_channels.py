@@ -143,7 +143,7 @@ def test_a_network_without_batchnorm_is_refused():
 
 
 def test_a_network_with_everything_frozen_is_refused_with_the_reasons():
-    with pytest.raises(ValueError, match=r"no channel of the network is prunable: '0.1': network output"):
+    with pytest.raises(ValueError, match=r"is prunable: 4 stay: network output"):
         map_channels(nn.Sequential(block(3, 4)), EXAMPLE)
 
 
@@ -193,7 +193,7 @@ def test_a_module_that_cannot_be_traced_keeps_what_it_reads_holds_and_makes_and_
     channels = map_channels(branching_in_a_chain(), EXAMPLE)
     free, before, inside, after = channels.layers
     assert free.num_prunable == after.num_prunable == 6
-    assert before.reasons == inside.reasons
+    assert before.reasons == inside.reasons  # one sentence for all
     assert not inside.selectable
     ((reason, count),) = inside.reasons
     assert count == 4
@@ -305,3 +305,43 @@ def test_the_map_prints_one_line_per_batchnorm():
     assert lines[-1] == "28 of 28 channels are prunable"
     assert lines[3].split() == ["outer.1", "8", "8", "outer.0", "->", "inner.0,", "head"]
     assert len(lines) == 5
+
+
+def test_channels_that_the_same_layers_share_are_one_family():
+    shared, inner = map_channels(Residual(), EXAMPLE).families()
+    assert (shared.num_classes, shared.num_gammas, inner.num_classes) == (8, 16, 12)
+    assert shared.norms == ("stem.1", "outer.1")
+    assert shared.makers == ("stem.0", "outer.0")
+    assert shared.readers == ("inner.0", "head")
+    assert not shared.why
+
+
+def test_families_hold_every_gamma_once_and_are_prunable_where_the_layers_are():
+    channels = map_channels(Shuffling(), EXAMPLE)
+    families = channels.families()
+    assert sum(family.num_gammas for family in families) == sum(layer.width for layer in channels.layers)
+    free = sum(family.num_gammas for family in families if not family.why)
+    assert free == sum(layer.num_prunable for layer in channels.layers)
+    assert 0 < free < sum(family.num_gammas for family in families)
+
+
+def test_the_table_has_a_row_per_family_and_states_each_reason_once():
+    lines = map_channels(Gated(), EXAMPLE).table().splitlines()
+    assert " ".join(lines[1].split()) == "8 16 first.1, deep.1 first.0, deep.0 -> deep.0, early prunable"
+    assert lines[2].endswith("early -> inner.0, peek            one by one [1]")
+    assert lines[4:] == ["[1] read before its BatchNorm by 'peek'", "25 of 31 channels are prunable"]
+
+
+def test_the_tables_of_a_deep_network_name_only_the_first_layers():
+    with torch.device("meta"):
+        model = models.densenet121(weights=None)
+    channels = map_channels(model, EXAMPLE)
+    assert max(len(family.norms) for family in channels.families()) > 20
+    for text in (channels.table(), str(channels)):
+        assert max(len(line) for line in text.splitlines()) < 500
+
+
+def test_the_summary_gives_the_commonest_reasons_in_one_line():
+    channels = map_channels(Gated(), EXAMPLE)
+    assert channels.summary() == "25 of 31 channels are prunable; 6 stay: read before its BatchNorm by 'peek'"
+    assert channels.summary("select") == "31 of 31 channels are removable one by one"
