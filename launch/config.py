@@ -16,24 +16,23 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from netslim.data import DataConfig
-from netslim.prune import Coupling
+from netslim.prune import Rules
 from netslim.train import EngineConfig, FitConfig, ModelConfig, RecordConfig, SparsityConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class PruneConfig:
+class PruneConfig(Rules):
     ratio: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.5,)
-    """Shares of all prunable BatchNorm channels to remove; each is pruned and fine-tuned from the same sparse model."""
-    coupling: Coupling = "group"
-    """group: channels that the network couples go together; select: each scale by itself, with index selections."""
-    min_channels: Annotated[int, Field(ge=1)] = 1
-    """Channels that every layer keeps."""
-    min_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of its channels that every layer keeps."""
+    """Shares of the target to remove; each is pruned and fine-tuned from the same sparse model."""
 
     def __post_init__(self) -> None:
         if len(set(self.ratio)) < len(self.ratio):
             raise ValueError(f"prune.ratio names a ratio twice in {self.ratio}; name each once")
+
+    @property
+    def rules(self) -> Rules:
+        """All but the ratio."""
+        return Rules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rules)})
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))

@@ -21,7 +21,7 @@ from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
-from netslim.prune import ChannelMap, Plan, cost, cut, load_plan, make_plan, map_channels, prove
+from netslim.prune import Plan, cost, cut, load_plan, map_channels, plan_network, prove
 from netslim.train import FitConfig, Record, Runtime, build_model, evaluate, fit
 
 STAGES = ("sparsify", "prune", "finetune")
@@ -74,7 +74,7 @@ def rehearse(job: Job) -> None:
         model = job.build()
         channels = map_channels(model, blank_image(job), job.config.prune.coupling)
         for ratio in job.config.prune.ratio:
-            plan_cut(job, model, channels, ratio)
+            plan_network(model, channels, blank_image(job), ratio, job.config.prune.rules)
 
     job.run.on_main(plan_all)
 
@@ -101,7 +101,8 @@ def prune(job: Job, ratio: float) -> None:
 
     def decide() -> tuple[str, float]:
         images, _ = next(iter(job.loaders.test))
-        plan = plan_cut(job, sparse, map_channels(sparse, images[:1], job.config.prune.coupling), ratio)
+        rules = job.config.prune.rules
+        plan = plan_network(sparse, map_channels(sparse, images[:1], rules.coupling), images[:1], ratio, rules)
         return plan.to_json(), prove(sparse, cut(sparse, plan), plan, images[:16])
 
     text, difference = run.on_main(decide)
@@ -117,29 +118,18 @@ def prune(job: Job, ratio: float) -> None:
         "threshold": plan.threshold,
         "num_channels": plan.num_channels,
         "num_removed": plan.num_removed,
+        "rules": str(plan.rules),
         "spared_by_floors": dict(plan.spared),
+        "restored_by_rounding": sum(layer.restored for layer in plan.layers),
         "difference_from_masked": difference,
         "plan_digest": plan.digest,
     }
     with open_record(job, directory, metrics) as record:
         record.say(
-            f"{plan.num_removed} of {plan.num_channels} channels removed, accuracy {evaluation.accuracy:.4f}, "
-            f"cut and masked network differ by {difference:.1e}"
+            f"{plan.num_removed} of {plan.num_channels} channels removed ({plan.rules or 'no rules'}), "
+            f"accuracy {evaluation.accuracy:.4f}, cut and masked network differ by {difference:.1e}"
         )
         record.finish(finish(job, small, plan, directory, metrics, started))
-
-
-def plan_cut(job: Job, model: nn.Module, channels: ChannelMap, ratio: float) -> Plan:
-    """The plan that the configuration asks for at this ratio; raises ValueError where its floors do not allow it."""
-    config = job.config.prune
-    return make_plan(
-        channels.named_gammas(model, config.coupling),
-        channels,
-        ratio=ratio,
-        coupling=config.coupling,
-        min_channels=config.min_channels,
-        min_share=config.min_share,
-    )
 
 
 def finetune(job: Job, ratio: float) -> None:

@@ -1,17 +1,22 @@
 """Slimming a network: which channels can go, which do, the cut itself, its cost, and the files it leaves."""
 
 from netslim.prune.artefact import load, load_plan, save
+from netslim.prune.carry import carry
 from netslim.prune.channels import ChannelMap, Coupling, map_channels
 from netslim.prune.choose import make_plan
 from netslim.prune.cost import Cost, cost
 from netslim.prune.plan import Plan
-from netslim.prune.surgery import cut, largest_difference, masked, prove, slim
+from netslim.prune.rules import Rules
+from netslim.prune.slimming import plan_network, slim
+from netslim.prune.surgery import cut, largest_difference, masked, prove
 
 __all__ = [
     "ChannelMap",
     "Cost",
     "Coupling",
     "Plan",
+    "Rules",
+    "carry",
     "cost",
     "cut",
     "largest_difference",
@@ -20,6 +25,7 @@ __all__ = [
     "make_plan",
     "map_channels",
     "masked",
+    "plan_network",
     "prove",
     "save",
     "slim",

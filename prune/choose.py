@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from netslim.prune.channels import ChannelMap, Coupling
+from netslim.prune.channels import ChannelMap
 from netslim.prune.plan import Kept, Plan
+from netslim.prune.rules import Rules
 from netslim.prune.slices import Flags, realise
-from netslim.prune.units import Reduce, Rooms, Units, units_of
+from netslim.prune.units import Rooms, Units, units_of
+
+ShareGone = Callable[[Plan], float]
+"""Tells what share of its target a plan takes away, in [0, 1]."""
 
 
-def make_plan(
-    gammas: Mapping[str, Tensor],
-    channels: ChannelMap,
-    *,
-    ratio: float,
-    coupling: Coupling = "group",
-    reduce: Reduce = "max",
-    min_channels: int = 1,
-    min_share: float = 0.0,
-    max_ratio: float | None = None,
-    round_to: int | None = None,
-    exclude: Sequence[str] = (),
-) -> Plan:
+def make_plan(gammas: Mapping[str, Tensor], channels: ChannelMap, *, ratio: float, **rules: Any) -> Plan:
     """Choose the channels of smallest |gamma| over the whole network (Liu et al. 2017, section 3, arXiv 1708.06519).
 
     floor(ratio * N) of the N removable gammas are to go: the smallest, ties by order of layers, then by channel. With
@@ -40,143 +32,164 @@ def make_plan(
 
     Args:
         gammas: per BatchNorm with removable gammas (`channels.named_gammas(model, coupling)`), (width,), any device.
-        round_to: afterwards each cut layer gets back its largest channels up to a multiple of this, or whole.
-        exclude: patterns of BatchNorm names (`*` as in file names) that lose nothing and do not count.
+        rules: the fields of `Rules`; not those that ask for the network itself (`target`, `score`: see `plan_network`).
 
-    Raises: ValueError if a number is out of its range, gammas are missing, misshapen or not finite, or if the floors
+    Raises: ValueError if a number is out of its range, gammas are missing, misshapen or not finite, or if the rules
     make the ratio unreachable.
     """
-    _check_settings(ratio, min_channels, min_share, max_ratio, round_to)
-    units = units_of(gammas, channels, coupling, reduce, exclude)
-    floors = np.array([_floor(layer.width, min_channels, min_share, max_ratio) for layer in channels.layers])
-    num_candidates = int(units.sizes.sum())
-    num_asked = math.floor(_exact(ratio) * num_candidates)
-    rooms = Rooms(channels, units, floors, coupling)
-    taken, spared = _take(units, rooms, num_asked)
-    removed = int(units.sizes[taken].sum())
-    if removed < num_asked and not _stopped_by_size(units, rooms, taken, num_asked - removed):
-        raise ValueError(
-            f"ratio {ratio} asks for {num_asked} of {num_candidates} channels, but the floors "
-            f"(min_channels {min_channels}, min_share {min_share}, max_ratio {max_ratio}) let only {removed} go; "
-            f"the largest ratio possible is {removed / num_candidates:.6g}"
-        )
-    if round_to:
-        _round_up(units, taken, channels, round_to)
-    return _plan(channels, units, taken, spared, ratio=ratio, coupling=coupling, num_asked=num_asked)
+    return choose(gammas, channels, ratio, Rules.of(**rules))
 
 
-def _take(units: Units, rooms: Rooms, asked: int) -> tuple[Flags, Counter[int]]:
-    """Take units in order while they fit: flags (units,), and per layer the gammas that only a floor spares."""
-    sizes = units.sizes.tolist()
-    taken, left = np.zeros(len(sizes), bool), asked
-    for unit in units.order.tolist():
-        if left <= 0:
-            break
-        if sizes[unit] <= left:
-            taken[unit] = True
-            left -= sizes[unit]
-    if (rooms.left(taken) >= 0).all():
-        return taken, Counter()
-    return _take_carefully(units, rooms, asked)
-
-
-def _take_carefully(units: Units, rooms: Rooms, asked: int) -> tuple[Flags, Counter[int]]:
-    sizes, needs = units.sizes.tolist(), rooms.needs
-    taken, left = np.zeros(len(sizes), bool), asked
-    room = rooms.left(taken).tolist()
-    refused = np.zeros(len(sizes), bool)
-    for unit in units.order.tolist():
-        if left <= 0:
-            break
-        if any(room[key] < need for key, need in needs[unit].items()):
-            refused[unit] = True
-        elif sizes[unit] <= left:
-            taken[unit] = True
-            left -= sizes[unit]
-            for key, need in needs[unit].items():
-                room[key] -= need
-    held = units.layers[(units.owners >= 0) & refused[units.owners]]
-    return taken, Counter(held.tolist())
-
-
-def _stopped_by_size(units: Units, rooms: Rooms, taken: Flags, short: int) -> bool:
-    """Tell whether a class stays only because it is larger than what was still to go."""
-    room = rooms.left(taken).tolist()
-    return any(
-        units.sizes[unit] > short and all(room[key] >= need for key, need in rooms.needs[unit].items())
-        for unit in np.flatnonzero(~taken).tolist()
-    )
-
-
-def _round_up(units: Units, taken: Flags, channels: ChannelMap, round_to: int) -> None:
-    """Give units back, the largest first, until every cut layer has a multiple of channels, or all it had."""
-    widths = np.array([layer.width for layer in channels.layers])
-    mine = np.flatnonzero(units.owners >= 0)
-    rank = np.empty(len(units.order), np.int64)
-    rank[units.order] = np.arange(len(units.order))
-    while True:
-        gone = mine[taken[units.owners[mine]]]
-        lost = np.bincount(units.layers[gone], minlength=len(widths))
-        odd = np.flatnonzero((lost > 0) & ((widths - lost) % round_to > 0))
-        if not len(odd):
-            return
-        there = units.owners[gone[units.layers[gone] == odd[0]]]
-        taken[there[rank[there].argmax()]] = False
-
-
-def _plan(
-    channels: ChannelMap,
-    units: Units,
-    taken: Flags,
-    spared: Counter[int],
-    *,
-    ratio: float,
-    coupling: Coupling,
-    num_asked: int,
+def choose(
+    scores: Mapping[str, Tensor], channels: ChannelMap, ratio: float, rules: Rules, share_gone: ShareGone | None = None
 ) -> Plan:
-    gone = (units.owners >= 0) & taken[units.owners] if len(taken) else np.zeros(len(units.owners), bool)
-    ends = np.cumsum([layer.width for layer in channels.layers])[:-1]
-    flags = {layer.name: part for layer, part in zip(channels.layers, np.split(gone, ends), strict=True)}
-    slices, selections = realise(channels, flags)
-    return Plan(
-        ratio=float(ratio),
-        coupling=coupling,
-        threshold=float(units.scores[taken].max()) if taken.any() else None,
-        num_channels=int(units.sizes.sum()),
-        num_asked=num_asked,
-        num_removed=int(gone.sum()),
-        layers=tuple(
-            Kept(
-                name=layer.name,
-                width=layer.width,
-                kept=tuple(np.flatnonzero(~flags[layer.name]).tolist()),
-                spared=spared[order],
-            )
-            for order, layer in enumerate(channels.layers)
-        ),
-        slices=slices,
-        selections=selections,
-    )
-
-
-def _check_settings(
-    ratio: float, min_channels: int, min_share: float, max_ratio: float | None, round_to: int | None
-) -> None:
+    """Choose by scores as `make_plan` does by |gamma|; with `share_gone`, until the share that it tells is reached."""
     if not 0 <= ratio < 1:
-        raise ValueError(f"ratio {ratio} is not in [0, 1): it is the share of all prunable channels that go")
-    if min_channels < 1:
-        raise ValueError(f"min_channels {min_channels} is below 1: no layer can be empty")
-    if not 0 <= min_share <= 1:
-        raise ValueError(f"min_share {min_share} is not in [0, 1]: it is the share of a layer's width that stays")
-    if max_ratio is not None and not 0 <= max_ratio <= 1:
-        raise ValueError(f"max_ratio {max_ratio} is not in [0, 1]: it is the share of a layer's width that may go")
-    if round_to is not None and round_to < 1:
-        raise ValueError(f"round_to {round_to} is below 1: kept channels are a multiple of it")
+        raise ValueError(f"ratio {ratio} is not in [0, 1): it is the share of all that can go")
+    if (rules.target == "channels") != (share_gone is None):
+        raise ValueError(f"target {rules.target} is counted in the network itself: use plan_network or slim")
+    choice = _Choice(units_of(scores, channels, rules), channels, ratio, rules)
+    return choice.by_count() if share_gone is None else choice.by_share(share_gone)
 
 
-def _floor(width: int, min_channels: int, min_share: float, max_ratio: float | None) -> int:
-    most = width if max_ratio is None else math.floor(_exact(max_ratio) * width)
-    return max(min_channels, math.ceil(_exact(min_share) * width), width - most)
+class _Choice:
+    """One choice under way: the units, the room that the rules leave, and the ratio."""
+
+    def __init__(self, units: Units, channels: ChannelMap, ratio: float, rules: Rules) -> None:
+        self.units, self.channels, self.ratio, self.rules = units, channels, ratio, rules
+        floors = np.array([_floor(layer.width, rules) for layer in channels.layers])
+        self.rooms = Rooms(channels, units, floors, rules.coupling)
+        self.count = int(units.sizes.sum())
+
+    def by_count(self) -> Plan:
+        """Take floor(ratio * count) gammas."""
+        asked = math.floor(_exact(self.ratio) * self.count)
+        taken, refused = self._take(asked)
+        removed = int(self.units.sizes[taken].sum())
+        if removed < asked and not self._stopped_by_size(taken, asked - removed):
+            raise ValueError(
+                f"ratio {self.ratio} asks for {asked} of {self.count} channels, but the rules "
+                f"({self.rules or 'one channel in every layer'}) let only {removed} go, {asked - removed} fewer; "
+                f"the largest ratio possible is {removed / self.count:.6g}"
+            )
+        return self._plan(taken, refused, asked)
+
+    def by_share(self, share_gone: ShareGone) -> Plan:
+        """Take gammas in their order, as few as bring the target's share to the ratio."""
+        taken, refused = self._take_carefully(self.count)
+        rank = self.units.rank
+        sequence = np.flatnonzero(taken)
+        sequence = sequence[rank[sequence].argsort()]
+
+        def plan_of(count: int) -> Plan:
+            some = np.zeros_like(taken)
+            some[sequence[:count]] = True
+            last = rank[sequence[count - 1]] if count else -1
+            return self._plan(some, refused & (rank < last), int(self.units.sizes[some].sum()))
+
+        low, high = 0, len(sequence)
+        most = share_gone(plan_of(high))
+        if most < self.ratio:
+            raise ValueError(
+                f"ratio {self.ratio} of the {self.rules.target} is out of reach: the rules "
+                f"({self.rules}) let only {most:.6g} go, {self.ratio - most:.2g} less"
+            )
+        while low < high:
+            middle = (low + high) // 2
+            if share_gone(plan_of(middle)) < self.ratio:
+                low = middle + 1
+            else:
+                high = middle
+        return plan_of(high)
+
+    def _take(self, asked: int) -> tuple[Flags, Flags]:
+        """Take units in order while they fit: flags (units,) of those taken, and of those that only a rule spares."""
+        sizes = self.units.sizes.tolist()
+        taken, left = np.zeros(len(sizes), bool), asked
+        for unit in self.units.order.tolist():
+            if left <= 0:
+                break
+            if sizes[unit] <= left:
+                taken[unit] = True
+                left -= sizes[unit]
+        if (self.rooms.left(taken) >= 0).all():
+            return taken, np.zeros_like(taken)
+        return self._take_carefully(asked)
+
+    def _take_carefully(self, asked: int) -> tuple[Flags, Flags]:
+        sizes, needs = self.units.sizes.tolist(), self.rooms.needs
+        taken, refused, left = np.zeros(len(sizes), bool), np.zeros(len(sizes), bool), asked
+        room = self.rooms.left(taken).tolist()
+        for unit in self.units.order.tolist():
+            if left <= 0:
+                break
+            if any(room[key] < need for key, need in needs[unit].items()):
+                refused[unit] = True
+            elif sizes[unit] <= left:
+                taken[unit] = True
+                left -= sizes[unit]
+                for key, need in needs[unit].items():
+                    room[key] -= need
+        return taken, refused
+
+    def _stopped_by_size(self, taken: Flags, short: int) -> bool:
+        """Tell whether a class stays only because it is larger than what was still to go."""
+        room = self.rooms.left(taken).tolist()
+        return any(
+            self.units.sizes[unit] > short and all(room[key] >= need for key, need in self.rooms.needs[unit].items())
+            for unit in np.flatnonzero(~taken).tolist()
+        )
+
+    def _rounded_up(self, taken: Flags) -> Flags:
+        """Give units back, the largest first, until every cut layer has a multiple of channels, or all it had."""
+        units, taken = self.units, taken.copy()
+        widths = np.array([layer.width for layer in self.channels.layers])
+        mine = np.flatnonzero(units.owners >= 0)
+        while True:
+            gone = mine[taken[units.owners[mine]]]
+            lost = np.bincount(units.layers[gone], minlength=len(widths))
+            odd = np.flatnonzero((lost > 0) & ((widths - lost) % self.rules.round_to > 0))
+            if not len(odd):
+                return taken
+            there = units.owners[gone[units.layers[gone] == odd[0]]]
+            taken[there[units.rank[there].argmax()]] = False
+
+    def _plan(self, taken: Flags, refused: Flags, num_asked: int) -> Plan:
+        rounded = self._rounded_up(taken) if self.rules.round_to > 1 else taken
+        gone, spared, restored = (self._by_layer(units) for units in (rounded, refused, taken & ~rounded))
+        slices, selections = realise(self.channels, gone)
+        return Plan(
+            ratio=float(self.ratio),
+            rules=self.rules,
+            threshold=float(self.units.scores[rounded].max()) if rounded.any() else None,
+            num_channels=self.count,
+            num_asked=num_asked,
+            num_removed=int(self.units.sizes[rounded].sum()),
+            layers=tuple(
+                Kept(
+                    name=layer.name,
+                    width=layer.width,
+                    kept=tuple(np.flatnonzero(~gone[layer.name]).tolist()),
+                    spared=int(spared[layer.name].sum()),
+                    restored=int(restored[layer.name].sum()),
+                )
+                for layer in self.channels.layers
+            ),
+            slices=slices,
+            selections=selections,
+        )
+
+    def _by_layer(self, units: Flags) -> dict[str, Flags]:
+        """Flag the gammas of some units, per BatchNorm (width,)."""
+        owners = self.units.owners
+        flags = (owners >= 0) & units[owners] if len(units) else np.zeros(len(owners), bool)
+        ends = np.cumsum([layer.width for layer in self.channels.layers])[:-1]
+        return {layer.name: part for layer, part in zip(self.channels.layers, np.split(flags, ends), strict=True)}
+
+
+def _floor(width: int, rules: Rules) -> int:
+    most = math.floor(_exact(rules.max_ratio) * width)
+    return max(rules.min_channels, math.ceil(_exact(rules.min_share) * width), width - most)
 
 
 def _exact(share: float) -> Fraction:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from netslim.prune.channels import Coupling
+from netslim.prune.rules import Rules
 
 # strict: JSON's "3" is no 3; extra fields are a plan of another version
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -32,6 +32,8 @@ class Kept:
     """Sorted indices of the channels that stay."""
     spared: _Count = 0
     """Channels no larger than the threshold that stay all the same, because the layer's floor holds them."""
+    restored: _Count = 0
+    """Channels that stay because the layer's width is rounded up."""
 
     def __post_init__(self) -> None:
         _check_indices(self.name, self.kept, self.width)
@@ -81,8 +83,8 @@ class Plan:
     """
 
     ratio: Annotated[float, Field(ge=0, lt=1)]
-    """Share of all prunable gammas that was asked to go."""
-    coupling: Coupling
+    """Share of the rules' target that was asked to go."""
+    rules: Rules
     threshold: Annotated[float, Field(ge=0)] | None
     """Largest removed |gamma|, or score of a class of them; None where nothing is removed."""
     num_channels: _Count
@@ -172,20 +174,25 @@ class Plan:
         return plan
 
     def report(self) -> str:
-        """Describe the plan as a table: per layer the channels before and after, and what a floor spared."""
-        rows = [("BatchNorm", "before", "after", "spared")]
-        rows += [(x.name, str(x.width), str(len(x.kept)), str(x.spared or "")) for x in self.layers]
+        """Describe the plan as a table: per layer the channels before and after, and those that only a rule keeps."""
+        rows: list[tuple[str, object, object, object, object]] = [
+            ("BatchNorm", "before", "after", "spared", "restored")
+        ]
+        rows += [(x.name, x.width, len(x.kept), x.spared or "", x.restored or "") for x in self.layers]
         width = max(len(name) for name, *_ in rows)
-        lines = [f"{name:<{width}}  {a:>6} -> {b:>6}  {c:>6}".rstrip() for name, a, b, c in rows]
-        limit = "none" if self.threshold is None else f"{self.threshold:.6g}"
+        lines = [f"{name:<{width}}  {a:>6} -> {b:>6}  {c:>6}  {d:>8}".rstrip() for name, a, b, c, d in rows]
         if self.selections:
             lines.append(f"{len(self.selections)} BatchNorms have a selection of channels before or after them")
-        if self.num_removed < self.num_asked:
-            short = self.num_asked - self.num_removed
-            lines.append(f"{short} of {self.num_asked} stay: classes of channels go whole, and widths are rounded up")
+        if str(self.rules):
+            lines.append(f"rules: {self.rules}")
+        restored = sum(layer.restored for layer in self.layers)
+        if short := self.num_asked - self.num_removed - restored:
+            lines.append(f"{short} of {self.num_asked} stay because classes of channels go whole")
+        limit = "none" if self.threshold is None else f"{self.threshold:.6g}"
+        what = "|gamma|" if self.rules.score == "gamma" else "|gamma| x norm of its readers"
         lines.append(
-            f"ratio {self.ratio}: {self.num_removed} of {self.num_channels} prunable channels go; "
-            f"threshold |gamma| <= {limit}; floors spare {sum(self.spared.values())}"
+            f"ratio {self.ratio} of {self.rules.target}: {self.num_removed} of {self.num_channels} prunable channels "
+            f"go; threshold {what} <= {limit}; floors spare {sum(self.spared.values())}, rounding restores {restored}"
         )
         return "\n".join(lines)
 

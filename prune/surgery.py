@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
-from netslim.prune.channels import Coupling, map_channels
-from netslim.prune.choose import make_plan
 from netslim.prune.plan import Plan
 from netslim.prune.resize import fitting_layers, resize, sliced, surround
 
@@ -78,28 +76,6 @@ def largest_difference(model: nn.Module, small: nn.Module, plan: Plan, example: 
     return (
         max(difference.abs().max().item() for difference in differences) / scale if math.isfinite(scale) else math.inf
     )
-
-
-def slim(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    ratio: float,
-    coupling: Coupling = "group",
-    min_channels: int = 1,
-    min_share: float = 0.0,
-) -> tuple[nn.Module, Plan]:
-    """Map, plan, cut and prove in one call: the smaller network and its plan; the model is unchanged.
-
-    Args: example (n, 3, height, width) on the model's device; the rest as in `make_plan`.
-    Raises: ValueError as `map_channels` and `make_plan` do; RuntimeError if cut and masked network differ.
-    """
-    channels = map_channels(model, example, coupling)
-    gammas = channels.named_gammas(model, coupling)
-    plan = make_plan(gammas, channels, ratio=ratio, coupling=coupling, min_channels=min_channels, min_share=min_share)
-    small = cut(model, plan)
-    prove(model, small, plan, example)
-    return small, plan
 
 
 def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> float:

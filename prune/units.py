@@ -6,18 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from netslim.prune.channels import ChannelMap, Coupling, Layer
-from netslim.prune.classes import Ints
+from netslim.prune.channels import ChannelMap, Coupling, Ends, Layer
+from netslim.prune.classes import CONSTANT, Ints
+from netslim.prune.rules import Reduce, Rules
 from netslim.prune.slices import Flags
-
-Reduce = Literal["max", "mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,19 @@ class Units:
         """Gammas per unit, (units,)."""
         return np.bincount(self.owners[self.owners >= 0], minlength=len(self.scores))
 
+    @cached_property
+    def rank(self) -> Ints:
+        """The place of each unit in the order, (units,)."""
+        return self.order.argsort()
 
-def units_of(
-    gammas: Mapping[str, Tensor], channels: ChannelMap, coupling: Coupling, reduce: Reduce, exclude: Sequence[str]
-) -> Units:
-    """Find what can go, and score it by its gammas; ValueError if they are missing, misshapen or not finite."""
+
+def units_of(scores: Mapping[str, Tensor], channels: ChannelMap, rules: Rules) -> Units:
+    """Find what can go, and score it; ValueError if scores are missing, misshapen or not finite."""
+    coupling = rules.coupling
     widths = [layer.width for layer in channels.layers]
     layers = np.repeat(np.arange(len(widths)), widths)
     open_ = np.concatenate([np.asarray(layer.removable(coupling)) for layer in channels.layers])
-    excluded = np.array([any(fnmatchcase(layer.name, p) for p in exclude) for layer in channels.layers])[layers]
+    excluded = _excluded(channels, rules.exclude)
     keys = np.arange(len(layers))
     if coupling == "group":
         keys = np.concatenate([np.asarray(layer.classes) for layer in channels.layers])
@@ -57,11 +59,32 @@ def units_of(
     owners = np.full(len(layers), -1)
     owners[free] = numbers
     sizes = np.concatenate(
-        [_sizes(gammas, x) if any(x.removable(coupling)) else np.zeros(x.width) for x in channels.layers]
+        [_sizes(scores, x) if any(x.removable(coupling)) else np.zeros(x.width) for x in channels.layers]
     )
-    scores = _reduced(sizes[free], numbers, len(first), reduce)
+    reduced = _reduced(sizes[free], numbers, len(first), rules.reduce)
     indices = np.concatenate([np.arange(width) for width in widths])
-    return Units(layers, indices, owners, scores, np.lexsort((first, scores)))
+    return Units(layers, indices, owners, reduced, np.lexsort((first, reduced)))
+
+
+def _excluded(channels: ChannelMap, patterns: Sequence[str]) -> Flags:
+    """Flag the gammas, (gammas,), of excluded BatchNorms, and those of channels that other excluded layers make."""
+    norms = {layer.name for layer in channels.layers}
+    held: set[str] = set()
+    made: set[int] = set()
+    for pattern in patterns:
+        found = [end for end in channels.modules if _matches(end, pattern)]
+        if not found:
+            raise ValueError(f"exclude names {pattern!r}, but no layer with weights has this name or type")
+        held.update(end.name for end in found if end.name in norms)
+        made.update(number for end in found if end.name not in norms for number in end.outputs)
+    inputs = {end.name: end.inputs for end in channels.modules}
+    return np.concatenate(
+        [np.isin(inputs[x.name], list(made - {CONSTANT})) | (x.name in held) for x in channels.layers]
+    )
+
+
+def _matches(end: Ends, pattern: str) -> bool:
+    return fnmatchcase(end.name, pattern) or end.name.startswith(f"{pattern}.") or end.kind == pattern
 
 
 def _reduced(sizes: NDArray[np.float64], numbers: Ints, count: int, reduce: Reduce) -> NDArray[np.float64]:
@@ -112,13 +135,13 @@ class Rooms:
         return [dict(zip(room.tolist(), count.tolist(), strict=True)) for room, count in parts]
 
 
-def _sizes(gammas: Mapping[str, Tensor], layer: Layer) -> NDArray[np.float64]:
-    if layer.name not in gammas:
+def _sizes(scores: Mapping[str, Tensor], layer: Layer) -> NDArray[np.float64]:
+    if layer.name not in scores:
         raise ValueError(f"no gammas are given for BatchNorm '{layer.name}'")
-    gamma = gammas[layer.name].detach()
-    if gamma.shape != (layer.width,):
-        raise ValueError(f"BatchNorm '{layer.name}' has {layer.width} channels, its gammas are {tuple(gamma.shape)}")
-    if not bool(torch.isfinite(gamma).all()):
+    score = scores[layer.name].detach()
+    if score.shape != (layer.width,):
+        raise ValueError(f"BatchNorm '{layer.name}' has {layer.width} channels, its gammas are {tuple(score.shape)}")
+    if not bool(torch.isfinite(score).all()):
         raise ValueError(f"BatchNorm '{layer.name}' has gammas that are NaN or infinite; train again with a lower rate")
-    sizes: NDArray[np.float64] = gamma.double().abs().cpu().numpy()  # float64 holds every smaller type exactly
+    sizes: NDArray[np.float64] = score.double().abs().cpu().numpy()  # float64 holds every smaller type exactly
     return sizes

@@ -56,7 +56,7 @@ def test_a_ratio_between_classes_is_reached_as_far_as_whole_classes_go():
     model = scramble(Grouped())
     plan = planned(model, ratio=0.5)  # 4 + 4 gammas in the first layer, 4 + 4 + 4 in the second
     assert (plan.num_asked, plan.num_removed) == (10, 8)
-    assert "2 of 10 stay: classes of channels go whole" in plan.report()
+    assert "2 of 10 stay because classes of channels go whole" in plan.report()
 
 
 def test_groups_stay_and_stay_equal():
@@ -106,15 +106,15 @@ def test_an_excluded_layer_loses_nothing_and_does_not_count():
 
 
 def test_floors_that_hold_classes_make_the_ratio_unreachable():
-    with pytest.raises(ValueError, match=r"let only 14 go; the largest ratio possible is 0\.5"):
+    with pytest.raises(ValueError, match=r"let only 14 go, 7 fewer; the largest ratio possible is 0\.5"):
         planned(scramble(Residual()), ratio=0.75, min_share=0.5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_ratio": 1.5}, r"max_ratio 1.5 is not in \[0, 1\]"),
-        ({"round_to": 0}, "round_to 0 is below 1"),
+        ({"max_ratio": 1.5}, "max_ratio is 1.5: Input should be less than or equal to 1"),
+        ({"round_to": 0}, "round_to is 0: Input should be greater than or equal to 1"),
     ],
 )
 def test_constraints_out_of_range_are_refused(options, message):

@@ -78,7 +78,7 @@ def test_a_layer_narrower_than_the_floor_stays_whole():
 
 
 def test_an_unreachable_ratio_says_the_largest_possible():
-    with pytest.raises(ValueError, match=r"let only 50 go; the largest ratio possible is 0\.5"):
+    with pytest.raises(ValueError, match=r"let only 50 go, 10 fewer; the largest ratio possible is 0\.5"):
         plan_of(*random_gammas(), ratio=0.6, min_share=0.5)
 
 
@@ -121,9 +121,9 @@ def test_missing_gammas_are_refused_naming_their_layer():
 
 
 def test_floors_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="min_channels 0 is below 1"):
+    with pytest.raises(ValueError, match="min_channels is 0: Input should be greater than or equal to 1"):
         plan_of(*random_gammas(), ratio=0.5, min_channels=0)
-    with pytest.raises(ValueError, match=r"min_share 1.5 is not in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"min_share is 1.5: Input should be less than or equal to 1"):
         plan_of(*random_gammas(), ratio=0.5, min_share=1.5)
 
 
@@ -196,4 +196,7 @@ def test_a_truncated_plan_is_refused():
 def test_the_report_shows_each_layer_before_and_after():
     lines = plan_of(torch.full((40,), 0.1), torch.arange(60) + 1, ratio=0.4).report().splitlines()
     assert lines[1].split() == ["0.1", "40", "->", "1", "1"]
-    assert lines[-1] == "ratio 0.4: 40 of 100 prunable channels go; threshold |gamma| <= 1; floors spare 1"
+    assert lines[-1] == (
+        "ratio 0.4 of channels: 40 of 100 prunable channels go; threshold |gamma| <= 1; "
+        "floors spare 1, rounding restores 0"
+    )

@@ -9,7 +9,7 @@ from test_prune_nets import EXAMPLE, Residual, chain, scramble
 from torch import nn
 
 from netslim.prune import cut, largest_difference, make_plan, map_channels, masked, slim
-from netslim.prune import surgery as surgery_module
+from netslim.prune import slimming as slimming_module
 
 
 def net() -> nn.Module:
@@ -144,6 +144,6 @@ def test_infinite_logits_prove_nothing():
 
 
 def test_slim_returns_nothing_where_the_proof_fails(monkeypatch):
-    monkeypatch.setattr(surgery_module, "cut", lambda model, plan: copy.deepcopy(model))
+    monkeypatch.setattr(slimming_module, "cut", lambda model, plan: copy.deepcopy(model))
     with pytest.raises(RuntimeError, match="differs from the masked one by"):
         slim(net(), EXAMPLE, ratio=0.5)

@@ -1,0 +1,88 @@
+"""What a channel is worth to the network: its |gamma|, alone or times what is done with the channel."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from netslim.prune import operations as ops
+from netslim.prune.channels import ChannelMap, Ends
+from netslim.prune.classes import Ints
+from netslim.prune.rules import Rules
+
+Norms = NDArray[np.float64]
+
+
+def score_channels(model: nn.Module, channels: ChannelMap, rules: Rules) -> dict[str, Tensor]:
+    """Score every gamma of the BatchNorms that have a removable one, (width,) each.
+
+    By |gamma|, or by |gamma| times the norm of the weights that read the channel (`reading_norms`).
+    """
+    gammas = {name: gamma.detach() for name, gamma in channels.named_gammas(model, rules.coupling).items()}
+    if rules.score == "gamma":
+        return gammas
+    norms = reading_norms(model, channels)
+    return {name: gamma.double().abs().cpu() * norms[name] for name, gamma in gammas.items()}
+
+
+def reading_norms(model: nn.Module, channels: ChannelMap) -> dict[str, Tensor]:
+    """Give per BatchNorm and channel, (width,) float64, the Euclidean norm of all weights that read the channel next.
+
+    Convolutions and linear layers count with their weights. A BatchNorm or a depthwise convolution hands a channel on:
+    it counts with what it multiplies the channel by, times the norm of what reads the result. A channel that none of
+    these reads counts as one that is read once by a weight of 1. Channels that the network binds to one another, such
+    as those of equal place in the groups of a convolution, are read as one.
+    """
+    norms = {layer.name for layer in channels.layers}
+    reading: Norms = np.zeros(len(channels.fixed))  # per channel of the map, the sum of squares so far
+    found = {}
+    for end in reversed(channels.modules):  # what reads a channel runs after what makes it
+        inputs, outputs = np.asarray(end.inputs), np.asarray(end.outputs)
+        if end.name in norms:
+            after = reading[outputs]
+            found[end.name] = torch.from_numpy(np.sqrt(np.where(after > 0, after, 1.0)))
+            reading += _mean_by_number(inputs, _gains(model, end) ** 2 * after, len(reading))
+        elif _hands_on(model, end):
+            reading[inputs] *= _mean_by_number(inputs, _column_norms(model, end), len(reading))[inputs]
+        else:
+            np.add.at(reading, inputs, _column_norms(model, end))
+    return found
+
+
+def _mean_by_number(numbers: Ints, values: Norms, count: int) -> Norms:
+    """Average the values of each number, (count,); 0 where there is none."""
+    sums = np.bincount(numbers, values, count).astype(np.float64)
+    return sums / np.maximum(np.bincount(numbers, minlength=count), 1)
+
+
+def _gains(model: nn.Module, end: Ends) -> Norms:
+    norm = model.get_submodule(end.name)
+    assert isinstance(norm, ops.NORMALISING), "a layer of the map"
+    gains = torch.ones(norm.num_features, dtype=torch.float64)
+    if norm.affine:
+        gains = norm.weight.detach().double().cpu()
+    if norm.running_var is not None:
+        gains = gains / (norm.running_var.double().cpu() + norm.eps).sqrt()
+    values: Norms = gains.numpy()
+    return values
+
+
+def _hands_on(model: nn.Module, end: Ends) -> bool:
+    layer = model.get_submodule(end.name)
+    return isinstance(layer, ops.CONVOLVING) and 1 < layer.groups == layer.in_channels
+
+
+def _column_norms(model: nn.Module, end: Ends) -> Norms:
+    """Sum the squares of the weights that read each input, (inputs,)."""
+    layer = model.get_submodule(end.name)
+    weight = layer.get_parameter("weight").detach().double().square().cpu()
+    if not isinstance(layer, ops.CONVOLVING):
+        sums = weight.sum(0)  # (out, in)
+    elif layer.transposed:
+        sums = weight.flatten(1).sum(1)  # (in, out / groups, ...)
+    else:
+        sums = weight.view(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(2).sum(2).flatten()
+    values: Norms = sums.numpy()
+    return values

@@ -1,0 +1,53 @@
+"""Slimming in one call, and the plan for it: the one place where map, scores, choice, cut and proof meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from netslim.prune.channels import ChannelMap, map_channels
+from netslim.prune.choose import ShareGone, choose
+from netslim.prune.cost import cost
+from netslim.prune.plan import Plan
+from netslim.prune.rules import Rules
+from netslim.prune.scores import score_channels
+from netslim.prune.surgery import cut, prove
+
+
+def slim(model: nn.Module, example: Tensor, *, ratio: float, **rules: Any) -> tuple[nn.Module, Plan]:
+    """Map, plan, cut and prove in one call: the smaller network and its plan; the model is unchanged.
+
+    Args: example (n, 3, height, width) on the model's device; ratio in [0, 1); rules: the fields of `Rules`.
+    Raises: ValueError as `map_channels` and `plan_network` do; RuntimeError if cut and masked network differ.
+    """
+    chosen = Rules.of(**rules)
+    plan = plan_network(model, map_channels(model, example, chosen.coupling), example, ratio, chosen)
+    small = cut(model, plan)
+    prove(model, small, plan, example)
+    return small, plan
+
+
+def plan_network(model: nn.Module, channels: ChannelMap, example: Tensor, ratio: float, rules: Rules) -> Plan:
+    """Choose what goes of a network, under any rules.
+
+    The target "channels" is met as in `make_plan`. For "params" and "macs" channels go in the same order, as few of
+    them as bring the network's parameters, or its multiply-accumulates on the example, to (1 - ratio) or less.
+
+    Args: channels, the map of the model; example (n, 3, height, width) on its device; ratio in [0, 1).
+    Raises: ValueError as `make_plan` does, also if the target cannot be reached.
+    """
+    scores = score_channels(model, channels, rules)
+    return choose(scores, channels, ratio, rules, _share_gone(model, example, rules))
+
+
+def _share_gone(model: nn.Module, example: Tensor, rules: Rules) -> ShareGone | None:
+    if rules.target == "channels":
+        return None
+
+    def price(network: nn.Module) -> int:
+        bill = cost(network, example)
+        return bill.params if rules.target == "params" else bill.macs
+
+    whole = price(model)
+    return lambda plan: 1 - price(cut(model, plan)) / whole
