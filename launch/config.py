@@ -76,6 +76,14 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return values
 
 
+def from_dict(values: Mapping[str, Any], source: str) -> RunConfig:
+    """The configuration that ``to_dict`` gave; raises ValueError that names the source and the field at fault."""
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_describe(error, field_names(RunConfig()))}") from None
+
+
 def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """Resolve preset < ``--config FILE`` (JSON or YAML) < flags.
 
@@ -166,10 +174,7 @@ def _merge_file(preset: RunConfig, file: Path) -> RunConfig:
         raise ValueError(f"--config {file} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"--config {file} holds {type(values).__name__}, not fields with values")
-    try:
-        return _ADAPTER.validate_python(_merge(to_dict(preset), values))
-    except ValidationError as error:
-        raise ValueError(f"--config {file}: {_describe(error, field_names(preset))}") from None
+    return from_dict(_merge(to_dict(preset), values), f"--config {file}")
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,9 +86,9 @@ def sparsify(job: Job) -> None:
         return
     model = job.build()
     coupling = job.config.prune.coupling
-    gammas = map_channels(model, blank_image(job), coupling).gammas(model, coupling)
-    row = {"stage": "sparse", "ratio": 0.0}
-    train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas)
+    channels = map_channels(model, blank_image(job), coupling)
+    row, gammas = {"stage": "sparse", "ratio": 0.0}, channels.gammas(model, coupling)
+    train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas, says=channels.summary(coupling))
 
 
 def prune(job: Job, ratio: float) -> None:
@@ -151,10 +151,13 @@ def train(
     *,
     plan: Plan | None,
     gammas: Sequence[nn.Parameter] = (),
+    says: str = "",
 ) -> None:
-    """Fit the model and leave the artefact; with ``gammas`` it is sparsity training."""
+    """Fit the model and leave the artefact; with ``gammas`` it is sparsity training. First, the record ``says``."""
     started = time.perf_counter()
     with open_record(job, directory, row) as record:
+        if says:
+            record.say(says)
         fitted = fit(
             model,
             job.loaders.train,
