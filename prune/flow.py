@@ -15,7 +15,8 @@ from torch.fx.node import map_aggregate
 from netslim.prune import operations as ops
 from netslim.prune.classes import CONSTANT, UNNORMALISED, Classes, along, line, varying
 from netslim.prune.joins import joined, shifted
-from netslim.prune.moves import Count, Moves, averaged, leaves, pooled, sizes
+from netslim.prune.moves import Count, Moves, leaves, sizes
+from netslim.prune.places import averaged, filling, padded, pooled
 
 
 @dataclass(frozen=True)
@@ -163,29 +164,46 @@ class Flow:
 
     def _through(self, node: fx.Node, module: nn.Module | None, name: str, args: Any, kwargs: Any, value: Any) -> Any:
         """Follow labels through an operation without weights; what is not known to keep channels apart freezes them."""
-        inputs = leaves((args, kwargs), Tensor)
         if name == "getitem" and not isinstance(args[0], Tensor):
             return args[0][args[1]]
-        single, why = isinstance(value, Tensor), None
-        made: Any = None
-        if name in ops.PASSING and single:
-            return inputs[0]
-        if name in ops.SHIFTING and single:
-            return shifted(self.classes, inputs[0], name, _place(node))
-        if name in ops.POOLING and single:
-            made, why = pooled(inputs[0], ops.POOLING[name], value.shape)
-        elif name in ops.AVERAGING and single:
-            made, why = averaged(args, kwargs)
-        elif name in ops.JOINING and single:
-            made, why = joined(self.classes, name, args, kwargs, value, _place(node))
-        elif name in ops.MOVING:
-            made, why = self._moves.move(node, module, name, args, kwargs, value)
-        else:
-            why = f"operation '{name}' is not known to keep channels apart"
+        made, why = self._followed(node, module, name, args, kwargs, value)
         if why is None:
             return made
         mixed = self._mixed((args, kwargs), value, f"{why} at '{_place(node)}'")
         return mixed if made is None else made
+
+    def _followed(
+        self, node: fx.Node, module: nn.Module | None, name: str, args: Any, kwargs: Any, value: Any
+    ) -> tuple[Any, str | None]:
+        """Label the value of an operation without weights, or say why its channels cannot be followed."""
+        unknown = f"operation '{name}' is not known to keep channels apart"
+        if name in ops.MOVING:
+            return self._moves.move(node, module, name, args, kwargs, value)
+        if name in ops.JOINING and isinstance(value, Tensor):
+            return joined(self.classes, name, args, kwargs, value, _place(node))
+        inputs: list[Tensor] = leaves((args, kwargs), Tensor)
+        if not isinstance(value, Tensor) or len(inputs) != 1 or leaves((args, kwargs), Count):
+            return None, unknown
+        (labels,) = inputs
+        if name in ops.PASSING or name in ops.SHIFTING or name in ops.LIMITING:
+            as_zero = ops.keeps_zero(node, name, module, args, kwargs)
+            return labels if as_zero else shifted(self.classes, labels, name, _place(node)), None
+        if name in ops.POOLING:
+            return pooled(labels, ops.POOLING[name], value.shape)
+        if name == "interpolate":
+            return pooled(labels, labels.dim() - 2, value.shape)
+        if name in ops.AVERAGING:
+            return averaged(name, args, kwargs)
+        if name == "pad":
+            amounts, fill = filling(module, args, kwargs)
+            made, why = padded(labels, amounts, fill, value.shape)
+            return shifted(self.classes, made, name, _place(node)) if made is not None and fill else made, why
+        if name == "channel_shuffle":
+            groups: Any = module.groups if module is not None else kwargs.get("groups", args[-1])
+            return self._moves.shuffle(labels, groups)
+        if isinstance(module, nn.PReLU):
+            return None, "a slope per channel"
+        return None, unknown
 
     def _opaque(self, inputs: Any, value: Any, why: str) -> Any:
         """Keep what goes into an opaque module and what comes out; so that what meets that stays for this reason."""

@@ -75,7 +75,13 @@ def test_moving_data_freezes_only_where_it_counts_channels():
     ("between", "reason"),
     [
         (nn.Sigmoid(), "operation 'sigmoid' is not zero at zero at 'between'"),
-        (nn.Upsample(scale_factor=2), "operation 'Upsample' is not known to keep channels apart at 'between'"),
+        (nn.Hardtanh(0.5, 1.0), "operation 'hardtanh' is not zero at zero at 'between'"),
+        (nn.ConstantPad2d(1, 0.5), "operation 'pad' is not zero at zero at 'between'"),
+        (nn.PReLU(4), "a slope per channel at 'between'"),
+        (
+            nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2)),
+            "operation 'PixelShuffle' is not known to keep channels apart at 'between.0'",
+        ),
         (nn.Softmax(1), "operation 'Softmax' is not known to keep channels apart at 'between'"),
         (nn.Conv2d(4, 4, 1, groups=4), "'between' adds a bias"),
     ],
