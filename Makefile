@@ -21,6 +21,7 @@ slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test,bench]'
 	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 dev: $(READY_DEV)

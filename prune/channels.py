@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +42,7 @@ class Layer:
     @cached_property
     def prunable(self) -> tuple[bool, ...]:
         """Tell for each channel, (width,), whether it can be removed."""
-        return tuple(not why for why in self.holds)
+        return tuple(map(operator.not_, self.holds))
 
     @property
     def num_prunable(self) -> int:
@@ -188,7 +189,7 @@ def _channels(flow: Flow) -> ChannelMap:
         if use.normalises:
             own = np.minimum(held[inputs], held[outputs])
             why = np.where(own < len(reasons), own, class_held[shared[inputs]])
-            holds = tuple(texts[index] for index in why.tolist())
+            holds = tuple(map(texts.__getitem__, why.tolist()))
             classes = tuple(number[shared[inputs]].tolist())
             layers.append(Layer(use.name, classes, holds, use.name not in flow.trouble))
     modules = tuple(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from functools import cached_property
-from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -201,7 +201,7 @@ class Plan:
 
 
 def _check_indices(name: str, kept: tuple[int, ...], width: int) -> None:
-    if any(a >= b for a, b in pairwise(kept)):
+    if any(map(operator.ge, kept, kept[1:])):
         raise ValueError(f"the kept indices of '{name}' are not sorted")
     if kept[-1] >= width:
         raise ValueError(f"the kept index {kept[-1]} of '{name}' is beyond its width {width}")

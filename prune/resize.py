@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -96,12 +97,17 @@ def sliced(layer: nn.Module, name: str, tensor: Tensor, part: Slice) -> Tensor:
         out_dim = 0
     values = tensor.detach()
     if part.outputs is not None:
-        values = values.index_select(out_dim, torch.tensor(part.outputs, device=tensor.device))
+        values = values.index_select(out_dim, _index(part.outputs, tensor.device))
     if part.inputs is not None and tensor.dim() > 1:
         inputs = _of_one_group(layer, part.inputs) if isinstance(layer, ops.CONVOLVING) else part.inputs
-        values = values.index_select(in_dim, torch.tensor(inputs, device=tensor.device))
+        values = values.index_select(in_dim, _index(inputs, tensor.device))
     values = _laid_out_like(tensor, values)
     return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+@lru_cache(maxsize=4)  # the tensors of a layer are sliced one after the other
+def _index(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(indices, device=device)
 
 
 def _of_one_group(layer: nn.Module, inputs: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from netslim.prune.plan import Plan
+from netslim.prune.replica import replica
 from netslim.prune.resize import fitting_layers, resize, sliced, surround
 
 TOLERANCE = 1e-5
@@ -32,8 +33,8 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
             if tensor.dim():  # not num_batches_tracked
                 memo[id(tensor)] = sliced(layer, name, tensor, part)
-    # the memo hands deepcopy the sliced weights, so the removed ones are never copied
-    small = copy.deepcopy(model, memo)
+    # the memo hands over the sliced weights, so the removed ones are never copied
+    small = replica(model, memo)
     for part in plan.slices:
         resize(small.get_submodule(part.name), part)
     for around in plan.selections:
