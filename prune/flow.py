@@ -17,6 +17,7 @@ from netslim.prune.classes import CONSTANT, UNNORMALISED, Classes, along, line, 
 from netslim.prune.joins import joined, shifted
 from netslim.prune.moves import Count, Moves, leaves, sizes
 from netslim.prune.places import averaged, filling, padded, pooled
+from netslim.prune.shapes import shaped
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,8 @@ def _evaluate(node: fx.Node, module: nn.Module | None, model: nn.Module, values:
     if node.op == "get_attr":
         owner, _, attribute = str(node.target).rpartition(".")
         return getattr(model.get_submodule(owner), attribute)
-    if (same := _of_same_shape(node, module, args)) is not None:
-        return same
+    if (known := shaped(node, module, args, kwargs)) is not None:
+        return known
     try:
         if module is not None:
             return module.forward(*args, **kwargs)  # not module(...): hooks are the user's and may record
@@ -256,17 +257,6 @@ def _evaluate(node: fx.Node, module: nn.Module | None, model: nn.Module, values:
             f"the network does not run on an example of shape {tuple(example.shape)}: "
             f"'{_place(node)}' says: {first_line}; give an example (n, 3, height, width) that it accepts"
         ) from error
-
-
-def _of_same_shape(node: fx.Node, module: nn.Module | None, args: Any) -> Tensor | None:
-    """Spare shapes without numbers the operations that keep them: on the meta device torch is slow at some."""
-    if len(args) == 0 or not isinstance(args[0], Tensor) or not args[0].is_meta:
-        return None
-    if isinstance(module, ops.NORMALISING):
-        fits = args[0].dim() > 1 and args[0].shape[1] == module.num_features and ops.is_plain(module)
-        return args[0] if fits else None
-    known = node.op in ("call_module", "call_function", "call_method") and ops.name_of(node, module) in ops.PASSING
-    return args[0] if known else None
 
 
 def _argument(node: fx.Node, default: Any, example: Tensor) -> Any:

@@ -31,10 +31,10 @@ def traces(model: nn.Module) -> Traces:
     """
     opaque: dict[str, str] = {}
     found = [_traced(model.eval(), opaque)]
-    if _unreached(model, found):
+    if missed := _unreached(model, found):
         found.append(_traced(model.train(), opaque))
         model.eval()
-    missed = _unreached(model, found)
+        missed = _unreached(model, found)
     if missed:
         raise ValueError(
             f"the network never calls {few([repr(name) for name in missed])}, neither in eval nor in training mode, "
