@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from netslim.prune import operations as ops
-from netslim.prune.classes import CONSTANT, merged
+from netslim.prune.classes import CONSTANT, Ints, merged
 from netslim.prune.families import Family, families, table_of_families, table_of_norms
 from netslim.prune.flow import Flow
 from netslim.prune.shadow import on_a_copy
@@ -108,6 +108,11 @@ class ChannelMap:
             if any(layer.removable(coupling)):
                 found[layer.name] = module.weight
         return found
+
+    @cached_property
+    def ends(self) -> dict[str, tuple[Ints, Ints]]:
+        """The numbers of the channels at the two ends of each of the `modules`, as arrays: inputs, outputs."""
+        return {end.name: (np.asarray(end.inputs), np.asarray(end.outputs)) for end in self.modules}
 
     @cached_property
     def _by_name(self) -> dict[str, Layer]:

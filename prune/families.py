@@ -71,20 +71,19 @@ def _layers_by_class(channels: ChannelMap) -> tuple[_Names, _Names, _Names]:
             norms[number].append(layer.name)
     names = {layer.name for layer in channels.layers}
     class_of = _class_of_channel(channels)
-    for end in channels.modules:
-        for found, side in ((makers, end.outputs), (readers, end.inputs)) if end.name not in names else ():
-            for number in np.unique(class_of[list(side)]).tolist():
-                found[number].append(end.name)
+    for name, (inputs, outputs) in channels.ends.items():
+        for found, side in ((makers, outputs), (readers, inputs)) if name not in names else ():
+            for number in np.unique(class_of[side]).tolist():
+                found[number].append(name)
     return norms, makers, readers
 
 
 def _class_of_channel(channels: ChannelMap) -> Ints:
     """Map the number of each channel to its class, -1 where no BatchNorm has it."""
-    ends = {end.name: end for end in channels.modules}
     class_of = np.full(len(channels.fixed), -1)
     for layer in channels.layers:
-        for side in (ends[layer.name].inputs, ends[layer.name].outputs):
-            class_of[list(side)] = layer.classes
+        for side in channels.ends[layer.name]:
+            class_of[side] = layer.classes
     class_of[CONSTANT] = -1
     return class_of
 
