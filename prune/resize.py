@@ -92,17 +92,23 @@ def surround(small: nn.Module, around: Selection) -> None:
 
 def sliced(layer: nn.Module, name: str, tensor: Tensor, part: Slice) -> Tensor:
     """Take the kept features of a weight (out, in / groups, ...), transposed (in, out, ...), or of a vector (out,)."""
-    out_dim, in_dim = (1, 0) if isinstance(layer, ops.CONVOLVING) and layer.transposed else (0, 1)
-    if name != "weight" or tensor.dim() == 1:
-        out_dim = 0
-    values = tensor.detach()
-    if part.outputs is not None:
-        values = values.index_select(out_dim, _index(part.outputs, tensor.device))
+    outputs = None if part.outputs is None else _index(part.outputs, tensor.device)
+    inputs = None
     if part.inputs is not None and tensor.dim() > 1:
-        inputs = _of_one_group(layer, part.inputs) if isinstance(layer, ops.CONVOLVING) else part.inputs
-        values = values.index_select(in_dim, _index(inputs, tensor.device))
-    values = _laid_out_like(tensor, values)
+        kept = _of_one_group(layer, part.inputs) if isinstance(layer, ops.CONVOLVING) else part.inputs
+        inputs = _index(kept, tensor.device)
+    swapped = name == "weight" and tensor.dim() > 1 and isinstance(layer, ops.CONVOLVING) and layer.transposed
+    values = _laid_out_like(tensor, _selected(tensor.detach(), *((inputs, outputs) if swapped else (outputs, inputs))))
     return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _selected(values: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Select along the first two dimensions; None = all."""
+    if rows is not None and columns is not None and values.is_contiguous():  # at once: half the memory, half the time
+        both = (rows[:, None] * values.shape[1] + columns).flatten()
+        return values.flatten(0, 1).index_select(0, both).view(len(rows), len(columns), *values.shape[2:])
+    values = values if rows is None else values.index_select(0, rows)
+    return values if columns is None else values.index_select(1, columns)
 
 
 @lru_cache(maxsize=4)  # the tensors of a layer are sliced one after the other
