@@ -186,9 +186,9 @@ def _channels(flow: Flow) -> ChannelMap:
     shared = merged(roots, before, after)  # a class: all channels that BatchNorms connect
     class_held = np.full_like(held, len(reasons))
     np.minimum.at(class_held, shared, held)
-    number = np.zeros_like(roots)  # few and small numbers for the map
-    used = np.unique(np.concatenate([[CONSTANT], *(side for end in ends for side in end)]))
-    number[used] = np.arange(len(used))
+    used = np.zeros(len(roots), bool)
+    used[np.concatenate([[CONSTANT], *(side for end in ends for side in end)])] = True
+    number = used.cumsum() - 1  # few and small numbers for the map
     texts, layers = [*reasons, ""], []
     for use, (inputs, outputs) in zip(uses, ends, strict=True):
         if use.normalises:
@@ -197,11 +197,11 @@ def _channels(flow: Flow) -> ChannelMap:
             holds = tuple(map(texts.__getitem__, why.tolist()))
             classes = tuple(number[shared[inputs]].tolist())
             layers.append(Layer(use.name, classes, holds, use.name not in flow.trouble))
-    modules = tuple(
-        Ends(use.name, use.kind, tuple(number[inputs].tolist()), tuple(number[outputs].tolist()))
-        for use, (inputs, outputs) in zip(uses, ends, strict=True)
-    )
-    return ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()))
+    numbered = {use.name: (number[inputs], number[outputs]) for use, (inputs, outputs) in zip(uses, ends, strict=True)}
+    modules = tuple(Ends(use.name, use.kind, *(tuple(side.tolist()) for side in numbered[use.name])) for use in uses)
+    channels = ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()))
+    vars(channels)["ends"] = numbered  # at hand: making arrays of the tuples again took a third of a plan's time
+    return channels
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

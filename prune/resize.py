@@ -104,7 +104,8 @@ def sliced(layer: nn.Module, name: str, tensor: Tensor, part: Slice) -> Tensor:
 
 def _selected(values: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     """Select along the first two dimensions; None = all."""
-    if rows is not None and columns is not None and values.is_contiguous():  # at once: half the memory, half the time
+    if rows is not None and columns is not None and values.is_contiguous() and values[0, 0].numel() > 1:
+        # kernels at once: half the memory to fill, and of large weights that is what takes the time
         both = (rows[:, None] * values.shape[1] + columns).flatten()
         return values.flatten(0, 1).index_select(0, both).view(len(rows), len(columns), *values.shape[2:])
     values = values if rows is None else values.index_select(0, rows)

@@ -44,11 +44,9 @@ def realise(channels: ChannelMap, gone: Mapping[str, Flags]) -> tuple[tuple[Slic
 def _dead(channels: ChannelMap, gone: Mapping[str, Flags]) -> Flags:
     """Tell which channels, (numbers,), no one needs any more; every layer keeps one at each end."""
     total = len(channels.fixed)
-    touched, removed = np.zeros(total, np.int64), np.zeros(total, np.int64)
-    for name, flags in gone.items():
-        for side in channels.ends[name]:
-            touched += np.bincount(side, minlength=total)
-            removed += np.bincount(side[flags], minlength=total)
+    sides = [(side, flags) for name, flags in gone.items() for side in channels.ends[name]]
+    touched = np.bincount(np.concatenate([side for side, _ in sides]), minlength=total)
+    removed = np.bincount(np.concatenate([side[flags] for side, flags in sides]), minlength=total)
     dead: Flags = (touched > 0) & (touched == removed) & ~np.asarray(channels.fixed)
     emptied = [side for both in channels.ends.values() for side in both if dead[side].all()]
     while emptied:
