@@ -78,12 +78,12 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
-    """Resolve preset < ``--config FILE`` (JSON or YAML) < flags.
+    """Resolve preset < ``--config FILE`` (JSON or YAML) < flags; ``--model NAME`` is short for model.name.
 
     Raises ValueError in one line that names the field, the value and what is allowed; ``--help`` prints all fields
     and raises SystemExit.
     """
-    arguments, file = _take_config_file(arguments)
+    arguments, file = _take_config_file(_spell_out_model(arguments))
     if file is not None:
         preset = _merge_file(preset, file)
     known = [f"--{name.replace('_', '-')}" for name in field_names(preset)]
@@ -100,7 +100,8 @@ def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[st
                 default=preset,
                 args=list(arguments),
                 prog=prog,
-                description=f"{description}\n\n--config FILE (JSON or YAML) is read before the flags.",
+                description=f"{description}\n\n--config FILE (JSON or YAML) is read before the flags. "
+                "--model NAME is short for --model.name NAME --model.width 1.",
             )
     except SystemExit as stop:
         if not stop.code:
@@ -141,6 +142,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         else:
             found.append(f"{name} was {json.dumps(before)}, now {json.dumps(after)}")
     return found
+
+
+def _spell_out_model(arguments: Sequence[str]) -> list[str]:
+    """Write ``--model NAME`` in full: another network, at its own width where no ``--model.width`` is given."""
+    named = [re.sub(r"^--model(?==|$)", "--model.name", argument) for argument in arguments]
+    return named if named == list(arguments) else ["--model.width", "1", *named]
 
 
 def _take_config_file(arguments: Sequence[str]) -> tuple[list[str], Path | None]:

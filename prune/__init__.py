@@ -4,6 +4,7 @@ from netslim.prune.artefact import load, load_plan, save
 from netslim.prune.channels import ChannelMap, Coupling, map_channels
 from netslim.prune.choose import make_plan
 from netslim.prune.cost import Cost, cost
+from netslim.prune.origin import Origin
 from netslim.prune.plan import Plan
 from netslim.prune.surgery import cut, largest_difference, masked, prove, slim
 
@@ -11,6 +12,7 @@ __all__ = [
     "ChannelMap",
     "Cost",
     "Coupling",
+    "Origin",
     "Plan",
     "cost",
     "cut",
