@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
@@ -65,6 +65,7 @@ class RunConfig:
 
 
 _ADAPTER = TypeAdapter(RunConfig)
+Config = TypeVar("Config")
 
 # Fields that say where and how a run is made, not what comes out: they may differ when a run directory is used again.
 # Ratios may, because each has directories of its own.
@@ -75,6 +76,14 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     values: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
     return values
+
+
+def from_dict(values: Mapping[str, Any], source: str) -> RunConfig:
+    """The configuration that ``to_dict`` wrote; raises ValueError in one line that begins with its source."""
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_describe(error, field_names(RunConfig()))}") from None
 
 
 def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
@@ -92,17 +101,20 @@ def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[st
         positive = re.sub(r"(^--|\.)no-", r"\1", flag)
         if flag.startswith("--") and flag != "--help" and positive not in known:
             raise ValueError(f"there is no field {flag}; {_nearest(flag, known)}; --help lists all")
+    description += (
+        "\n\n--config FILE (JSON or YAML) is read before the flags. "
+        "--model NAME is short for --model.name NAME --model.width 1."
+    )
+    return read_flags(RunConfig, arguments, default=preset, prog=prog, description=description)
+
+
+def read_flags(kind: type[Config], arguments: Sequence[str], **options: Any) -> Config:
+    """A configuration from flags; raises ValueError in one line for a wrong one, and SystemExit after ``--help``."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                RunConfig,
-                default=preset,
-                args=list(arguments),
-                prog=prog,
-                description=f"{description}\n\n--config FILE (JSON or YAML) is read before the flags. "
-                "--model NAME is short for --model.name NAME --model.width 1.",
-            )
+            config: Config = tyro.cli(kind, args=list(arguments), **options)
+            return config
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -174,10 +186,7 @@ def _merge_file(preset: RunConfig, file: Path) -> RunConfig:
         raise ValueError(f"--config {file} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"--config {file} holds {type(values).__name__}, not fields with values")
-    try:
-        return _ADAPTER.validate_python(_merge(to_dict(preset), values))
-    except ValidationError as error:
-        raise ValueError(f"--config {file}: {_describe(error, field_names(preset))}") from None
+    return from_dict(_merge(to_dict(preset), values), f"--config {file}")
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from netslim.prune.artefact import load, load_plan, save
 from netslim.prune.channels import ChannelMap, Coupling, map_channels
 from netslim.prune.choose import make_plan
 from netslim.prune.cost import Cost, cost
+from netslim.prune.export import Format, export
+from netslim.prune.fold import folded
+from netslim.prune.latency import latency
 from netslim.prune.origin import Origin
 from netslim.prune.plan import Plan
 from netslim.prune.surgery import cut, largest_difference, masked, prove, slim
@@ -12,11 +15,15 @@ __all__ = [
     "ChannelMap",
     "Cost",
     "Coupling",
+    "Format",
     "Origin",
     "Plan",
     "cost",
     "cut",
+    "export",
+    "folded",
     "largest_difference",
+    "latency",
     "load",
     "load_plan",
     "make_plan",
