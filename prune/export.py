@@ -52,7 +52,7 @@ def export(
     if format == "weights":
         assert plan is not None, "checked before"
         return _export_weights(model, plan, _batches(example), path)
-    twin, batches = copy.deepcopy(model).cpu().eval(), _batches(example.detach().cpu())
+    twin, batches = _not_in_place(copy.deepcopy(model).cpu().eval()), _batches(example.detach().cpu())
     program = _program(folded(twin, batches[0]), batches[0])
     content, run = (_to_onnx if format == "onnx" else _to_pt2)(program, batches[0])
     difference = _compare(run, twin, batches)
@@ -95,6 +95,14 @@ def _batches(example: Tensor) -> list[Tensor]:
     if len(example) == 1:
         return [torch.cat([example, example.flip(-1), -example]), example]
     return [example, example[:1]]
+
+
+def _not_in_place(model: nn.Module) -> nn.Module:
+    """Let activations give new tensors: torch takes those in place apart for ONNX, most of an export's time."""
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            setattr(module, "inplace", False)  # noqa: B010 (to mypy a module's attributes are tensors)
+    return model
 
 
 def _program(model: nn.Module, images: Tensor) -> ExportedProgram:
