@@ -100,7 +100,7 @@ def _batches(example: Tensor) -> list[Tensor]:
 def _not_in_place(model: nn.Module) -> nn.Module:
     """Let activations give new tensors: torch takes those in place apart for ONNX, most of an export's time."""
     for module in model.modules():
-        if hasattr(module, "inplace"):
+        if isinstance(getattr(module, "inplace", None), bool):
             setattr(module, "inplace", False)  # noqa: B010 (to mypy a module's attributes are tensors)
     return model
 
