@@ -36,10 +36,10 @@ _LARGEST = 2**31 - 1  # bytes, what protobuf can hold in one message
 def export(
     model: nn.Module, example: Tensor, path: str | os.PathLike[str], format: Format, plan: Plan | None = None
 ) -> float:
-    """Write a network for use without this library, or, as "weights", without its code; the model is unchanged.
+    """Write a network as one file that runs without this library, or as a directory for `load`; the model is unchanged.
 
-    ONNX and pt2 files take batches of any size on the CPU, in eval mode, and have every BatchNorm folded into the layer
-    before it where that can be. "weights" makes a directory that `load` accepts alone, for which the plan needs an
+    ONNX and pt2 files take batches of any size, in eval mode, and have every BatchNorm folded into the layer before it
+    where that can be; pt2 runs on the CPU. "weights" makes a directory that `load` accepts alone, so the plan needs an
     origin. What was made is run at two batch sizes and compared with torch before anything is put at the path.
 
     Args: example (n, 3, height, width), float32; images, or noise: of zeros, the comparison proves little.
