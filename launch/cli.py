@@ -12,6 +12,7 @@ from netslim.launch.artefacts import claim, is_complete, read_json, stage_direct
 from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.describe import config_of_run, describe
+from netslim.launch.export import export_run
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
 from netslim.launch.recipe import STAGES, start
@@ -25,6 +26,7 @@ COMMANDS = {
     "finetune": "fine-tune the run's pruned models",
     "inspect": "which channels can go, and why the others stay; also takes a run directory",
     "data": "write the images of a preset as .beton files",
+    "export": "write a run's slim model as ONNX, pt2 or stand-alone weights",
 }
 
 
@@ -42,6 +44,8 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=2, cutoff=0.3) or list(COMMANDS)
         raise ValueError(f"no command is called {command!r}; the nearest are {', '.join(nearest)}")
+    if command == "export":
+        return export_run(rest, COMMANDS[command])
     if not rest or rest[0] in ("-h", "--help"):
         print(f"usage: netslim {command} PRESET [flags]\n\n{COMMANDS[command]}\n\n{list_presets()}")
         return 0
@@ -100,6 +104,9 @@ def write_data(config: RunConfig) -> int:
 
 
 def overview() -> str:
-    commands = "\n".join(f"  netslim {name} PRESET [flags]".ljust(36) + text for name, text in COMMANDS.items())
+    commands = "\n".join(
+        f"  netslim {name} {'RUN' if name == 'export' else 'PRESET'} [flags]".ljust(36) + text
+        for name, text in COMMANDS.items()
+    )
     usage = "usage: netslim COMMAND PRESET [flags]"
     return f"{usage}\n\n{commands}\n\n{list_presets()}\n\nnetslim COMMAND PRESET --help lists all flags."

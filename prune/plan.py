@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from netslim.prune.origin import Origin
 from netslim.prune.rules import Rules
 
 # strict: JSON's "3" is no 3; extra fields are a plan of another version
@@ -99,6 +100,8 @@ class Plan:
     """The layers that change: all that `cut` needs, so that no trace is needed to apply a plan."""
     selections: tuple[Selection, ...] = ()
     """Where channels are selected before a BatchNorm or put back after it."""
+    origin: Origin | None = None
+    """How to build the network before the cut; None where that was not said."""
 
     def __post_init__(self) -> None:
         named = ((self.layers, "layers"), (self.slices, "slices"), (self.selections, "selections"))
@@ -147,6 +150,8 @@ class Plan:
     def _content(self) -> dict[str, Any]:
         content = TypeAdapter(Plan).dump_python(self, mode="json")
         assert isinstance(content, dict), "pydantic dumps dataclasses as dictionaries"
+        if self.origin is None:
+            del content["origin"]  # as in plans of before there were origins, whose digests stay right
         return content
 
     def to_json(self) -> str:

@@ -30,9 +30,9 @@ def traces(model: nn.Module) -> Traces:
     called.
     """
     opaque: dict[str, str] = {}
-    found = [_traced(model.eval(), opaque)]
+    found = [trace(model.eval(), opaque)]
     if missed := _unreached(model, found):
-        found.append(_traced(model.train(), opaque))
+        found.append(trace(model.train(), opaque))
         model.eval()
         missed = _unreached(model, found)
     if missed:
@@ -72,7 +72,7 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def _traced(model: nn.Module, opaque: dict[str, str]) -> fx.Graph:
+def trace(model: nn.Module, opaque: dict[str, str]) -> fx.Graph:
     """Trace the network in its present mode; add to the opaque modules where torch.fx stops, and start again."""
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     while True:  # at most once for each module
