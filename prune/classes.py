@@ -35,7 +35,7 @@ class Classes:
         if self.count > len(self._raw):
             self._raw = np.concatenate([self._raw, np.zeros(self.count, np.int64)])
         self._raw[start : self.count] = raw
-        return torch.arange(start, self.count)
+        return torch.arange(start, self.count, device="cpu")  # whatever the default device is
 
     def cause(self, text: str) -> int:
         """Note what makes values raw, and return its index."""

@@ -109,7 +109,7 @@ class Flow:
         if not shapes:
             return self._number(node, name, args, kwargs, value)
         if node.op == "get_attr":
-            return _filled(value, torch.tensor(CONSTANT))
+            return _filled(value, torch.tensor(CONSTANT, device="cpu"))
         if isinstance(module, ops.WEIGHTED):
             return self._bind(str(node.target), module, leaves((args, kwargs), Tensor)[0], value)
         return self._through(node, module, name, args, kwargs, value)
@@ -133,7 +133,7 @@ class Flow:
             features = line(inputs, dim).clone()
         else:
             self._freeze(inputs, f"'{name}' reads several channels as one")
-            features = torch.full((inputs.shape[dim],), CONSTANT)
+            features = torch.full((inputs.shape[dim],), CONSTANT, device="cpu")
         outputs = self._made(name, module, features, value.shape[dim])
         if name in self.trouble:
             self._freeze((features, outputs), self.trouble[name])

@@ -15,33 +15,23 @@ from netslim.launch.artefacts import claim
 from netslim.launch.cli import COMMANDS, dispatch
 from netslim.launch.config import RunConfig
 from netslim.launch.describe import describe
-from netslim.launch.mistakes import guarded
 from netslim.train import ModelConfig
 
 Netslim = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture
-def netslim(capfd: pytest.CaptureFixture[str], data_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Netslim:
-    """Runs a command line in this process; gives the exit code and what went to stderr."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-
-    def run(*arguments: object) -> tuple[int, str]:
-        capfd.readouterr()
-        code = guarded(lambda: dispatch([str(argument) for argument in arguments]))
-        return code, capfd.readouterr().err
-
-    return run
+def smallest(directory: Path, data_cache: Path) -> list[object]:
+    """Flags of the smallest run there is: one process, one epoch."""
+    return [
+        *("digits", "--run-dir", directory, "--data.cache", data_cache, "--num-processes", 1),
+        *("--model.width", 0.0625, "--sparsify.epochs", 1, "--finetune.epochs", 1, "--data.batch-size", 256),
+        *("--record.wandb", "disabled", "--data.size", 16),
+    ]
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, data_cache: Path) -> list[object]:
-    """Flags of the smallest run there is: one process, one epoch."""
-    return [
-        *("digits", "--run-dir", tmp_path / "run", "--data.cache", data_cache, "--num-processes", 1),
-        *("--model.width", 0.0625, "--sparsify.epochs", 1, "--finetune.epochs", 1, "--data.batch-size", 256),
-        *("--record.wandb", "disabled", "--data.size", 16),
-    ]
+    return smallest(tmp_path / "run", data_cache)
 
 
 @pytest.fixture

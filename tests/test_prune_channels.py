@@ -284,6 +284,13 @@ def test_a_network_that_reads_values_while_running_is_mapped_all_the_same():
     assert map_channels(Reading(), EXAMPLE).layers[0].num_prunable == 4
 
 
+def test_a_default_device_of_the_users_makes_no_difference():
+    model = Gated()
+    with torch.device("meta"):
+        assert map_channels(model, EXAMPLE) == map_channels(Gated(), EXAMPLE)
+    assert map_channels(model, EXAMPLE).layers[0].num_prunable == 8
+
+
 def test_mapping_leaves_the_model_as_it_was():
     model = chain(4, 6).train()
     before = copy.deepcopy(model.state_dict())
