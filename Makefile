@@ -21,6 +21,7 @@ slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test,bench]'
 	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 dev: $(READY_DEV)
@@ -62,12 +63,12 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 		fi; \
 	fi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,export,test]'
 	touch $@
 
 # mypy cannot follow the editable install's import hook, so it reads the packages through links.
 $(READY_DEV): $(READY)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,export,test,dev]'
 	mkdir -p build/ns/netslim
 	for room in train prune data launch; do ln -sfn ../../../$$room build/ns/netslim/$$room; done
 	touch $@

@@ -5,13 +5,16 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from netslim.data import check_batch_size, prepare
 from netslim.launch.artefacts import claim, is_complete, read_json, stage_directory
 from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
+from netslim.launch.describe import config_of_run, describe
+from netslim.launch.export import export_run
 from netslim.launch.mistakes import guarded
-from netslim.launch.presets import find_preset, list_presets
+from netslim.launch.presets import PRESETS, find_preset, list_presets
 from netslim.launch.recipe import STAGES, start
 from netslim.launch.report import format_table
 from netslim.train import check_devices, check_model, num_gpus
@@ -21,7 +24,9 @@ COMMANDS = {
     "sparsify": "sparsity training only",
     "prune": "cut the run's sparse model by the global threshold, at each ratio",
     "finetune": "fine-tune the run's pruned models",
+    "inspect": "which channels can go, and why the others stay; also takes a run directory",
     "data": "write the images of a preset as .beton files",
+    "export": "write a run's slim model as ONNX, pt2 or stand-alone weights",
 }
 
 
@@ -39,14 +44,22 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=2, cutoff=0.3) or list(COMMANDS)
         raise ValueError(f"no command is called {command!r}; the nearest are {', '.join(nearest)}")
+    if command == "export":
+        return export_run(rest, COMMANDS[command])
     if not rest or rest[0] in ("-h", "--help"):
         print(f"usage: netslim {command} PRESET [flags]\n\n{COMMANDS[command]}\n\n{list_presets()}")
         return 0
     preset, *flags = rest
+    if command == "inspect" and not flags and preset not in PRESETS and Path(preset).is_dir():
+        print(describe(config_of_run(Path(preset))))
+        return 0
     make = find_preset(preset)
     config = parse(f"netslim {command} {preset}", inspect.getdoc(make) or "", make(), flags)
     if command == "data":
         return write_data(config)
+    if command == "inspect":
+        print(describe(config))
+        return 0
     stages = STAGES if command == "run" else (command,)
     return run_stages(preset, config, stages, [preset, *flags])
 
@@ -91,6 +104,9 @@ def write_data(config: RunConfig) -> int:
 
 
 def overview() -> str:
-    commands = "\n".join(f"  netslim {name} PRESET [flags]".ljust(36) + text for name, text in COMMANDS.items())
+    commands = "\n".join(
+        f"  netslim {name} {'RUN' if name == 'export' else 'PRESET'} [flags]".ljust(36) + text
+        for name, text in COMMANDS.items()
+    )
     usage = "usage: netslim COMMAND PRESET [flags]"
     return f"{usage}\n\n{commands}\n\n{list_presets()}\n\nnetslim COMMAND PRESET --help lists all flags."

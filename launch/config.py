@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
@@ -64,6 +64,7 @@ class RunConfig:
 
 
 _ADAPTER = TypeAdapter(RunConfig)
+Config = TypeVar("Config")
 
 # Fields that say where and how a run is made, not what comes out: they may differ when a run directory is used again.
 # Ratios may, because each has directories of its own.
@@ -76,13 +77,21 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return values
 
 
+def from_dict(values: Mapping[str, Any], source: str) -> RunConfig:
+    """The configuration that ``to_dict`` wrote; raises ValueError in one line that begins with its source."""
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {_describe(error, field_names(RunConfig()))}") from None
+
+
 def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
-    """Resolve preset < ``--config FILE`` (JSON or YAML) < flags.
+    """Resolve preset < ``--config FILE`` (JSON or YAML) < flags; ``--model NAME`` is short for model.name.
 
     Raises ValueError in one line that names the field, the value and what is allowed; ``--help`` prints all fields
     and raises SystemExit.
     """
-    arguments, file = _take_config_file(arguments)
+    arguments, file = _take_config_file(_spell_out_model(arguments))
     if file is not None:
         preset = _merge_file(preset, file)
     known = [f"--{name.replace('_', '-')}" for name in field_names(preset)]
@@ -91,16 +100,20 @@ def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[st
         positive = re.sub(r"(^--|\.)no-", r"\1", flag)
         if flag.startswith("--") and flag != "--help" and positive not in known:
             raise ValueError(f"there is no field {flag}; {_nearest(flag, known)}; --help lists all")
+    description += (
+        "\n\n--config FILE (JSON or YAML) is read before the flags. "
+        "--model NAME is short for --model.name NAME --model.width 1."
+    )
+    return read_flags(RunConfig, arguments, default=preset, prog=prog, description=description)
+
+
+def read_flags(kind: type[Config], arguments: Sequence[str], **options: Any) -> Config:
+    """A configuration from flags; raises ValueError in one line for a wrong one, and SystemExit after ``--help``."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                RunConfig,
-                default=preset,
-                args=list(arguments),
-                prog=prog,
-                description=f"{description}\n\n--config FILE (JSON or YAML) is read before the flags.",
-            )
+            config: Config = tyro.cli(kind, args=list(arguments), **options)
+            return config
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -142,6 +155,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
+def _spell_out_model(arguments: Sequence[str]) -> list[str]:
+    """Write ``--model NAME`` in full: another network, at its own width where no ``--model.width`` is given."""
+    named = [re.sub(r"^--model(?==|$)", "--model.name", argument) for argument in arguments]
+    return named if named == list(arguments) else ["--model.width", "1", *named]
+
+
 def _take_config_file(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     rest, file = [], None
     remaining = iter(arguments)
@@ -166,10 +185,7 @@ def _merge_file(preset: RunConfig, file: Path) -> RunConfig:
         raise ValueError(f"--config {file} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"--config {file} holds {type(values).__name__}, not fields with values")
-    try:
-        return _ADAPTER.validate_python(_merge(to_dict(preset), values))
-    except ValidationError as error:
-        raise ValueError(f"--config {file}: {_describe(error, field_names(preset))}") from None
+    return from_dict(_merge(to_dict(preset), values), f"--config {file}")
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
-from netslim.prune import Plan, cost, cut, load_plan, map_channels, plan_network, prove
-from netslim.train import FitConfig, Record, Runtime, build_model, evaluate, fit
+from netslim.prune import Origin, Plan, cost, cut, load_plan, map_channels, plan_network, prove
+from netslim.train import FitConfig, ModelConfig, Record, Runtime, build_model, evaluate, fit
+from netslim.train.models import build_network, is_own
 
 STAGES = ("sparsify", "prune", "finetune")
 
@@ -86,9 +87,9 @@ def sparsify(job: Job) -> None:
         return
     model = job.build()
     coupling = job.config.prune.coupling
-    gammas = map_channels(model, blank_image(job), coupling).gammas(model, coupling)
-    row = {"stage": "sparse", "ratio": 0.0}
-    train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas)
+    channels = map_channels(model, blank_image(job), coupling)
+    row, gammas = {"stage": "sparse", "ratio": 0.0}, channels.gammas(model, coupling)
+    train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas, says=channels.summary(coupling))
 
 
 def prune(job: Job, ratio: float) -> None:
@@ -103,6 +104,7 @@ def prune(job: Job, ratio: float) -> None:
         images, _ = next(iter(job.loaders.test))
         rules = job.config.prune.rules
         plan = plan_network(sparse, map_channels(sparse, images[:1], rules.coupling), images[:1], ratio, rules)
+        plan = replace(plan, origin=origin(job.config.model, len(job.loaders.info.classes)))
         return plan.to_json(), prove(sparse, cut(sparse, plan), plan, images[:16])
 
     text, difference = run.on_main(decide)
@@ -132,6 +134,14 @@ def prune(job: Job, ratio: float) -> None:
         record.finish(finish(job, small, plan, directory, metrics, started))
 
 
+def origin(config: ModelConfig, num_classes: int) -> Origin:
+    """What the plan says about how to build the network again."""
+    if is_own(config.name):
+        return Origin(function=config.name, num_classes=num_classes)
+    function = f"{build_network.__module__}:{build_network.__name__}"
+    return Origin(function=function, name=config.name, width=config.width, num_classes=num_classes)
+
+
 def finetune(job: Job, ratio: float) -> None:
     """Train the small network without the penalty."""
     directory, source = job.path("finetune", ratio), job.path("prune", ratio)
@@ -151,10 +161,13 @@ def train(
     *,
     plan: Plan | None,
     gammas: Sequence[nn.Parameter] = (),
+    says: str = "",
 ) -> None:
-    """Fit the model and leave the artefact; with ``gammas`` it is sparsity training."""
+    """Fit the model and leave the artefact; with ``gammas`` it is sparsity training. First, the record ``says``."""
     started = time.perf_counter()
     with open_record(job, directory, row) as record:
+        if says:
+            record.say(says)
         fitted = fit(
             model,
             job.loaders.train,

@@ -35,7 +35,13 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         "file_mb": "{:.3f}",
         "seconds": "{:.1f}",
     }
-    lines = [_COLUMNS, *([_cell(row[column], formats.get(column, "{}")) for column in _COLUMNS] for row in rows)]
+    return aligned(
+        [_COLUMNS, *([_cell(row[column], formats.get(column, "{}")) for column in _COLUMNS] for row in rows)]
+    )
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as text, one line a row, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 

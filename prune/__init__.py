@@ -5,6 +5,10 @@ from netslim.prune.carry import carry
 from netslim.prune.channels import ChannelMap, Coupling, map_channels
 from netslim.prune.choose import make_plan
 from netslim.prune.cost import Cost, cost
+from netslim.prune.export import Format, export
+from netslim.prune.fold import folded
+from netslim.prune.latency import latency
+from netslim.prune.origin import Origin
 from netslim.prune.plan import Plan
 from netslim.prune.rules import Rules
 from netslim.prune.slimming import plan_network, slim
@@ -14,12 +18,17 @@ __all__ = [
     "ChannelMap",
     "Cost",
     "Coupling",
+    "Format",
+    "Origin",
     "Plan",
     "Rules",
     "carry",
     "cost",
     "cut",
+    "export",
+    "folded",
     "largest_difference",
+    "latency",
     "load",
     "load_plan",
     "make_plan",

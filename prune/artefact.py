@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from netslim.prune.origin import Origin
 from netslim.prune.plan import Plan
 from netslim.prune.surgery import cut
 
 WEIGHTS, PLAN = "weights.safetensors", "plan.json"
 
 
-def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str]) -> None:
+def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str], origin: Origin | None = None) -> None:
     """Write the network's parameters and buffers, and its plan if it has one, into a directory.
 
     Both files are written beside the old ones first and then put in their place, so a full disk leaves the old ones
-    whole. The weights name the plan's digest: `load` refuses files of two different saves.
+    whole. The weights name the plan's digest: `load` refuses files of two different saves. With an origin, which is
+    kept in the plan, `load` needs nothing but the directory.
+
+    Raises: ValueError for an origin without a plan; OSError if the files cannot be written.
     """
+    if origin is not None:
+        if plan is None:
+            raise ValueError("an origin is kept in a plan, and there is none; load needs build=... for this network")
+        plan = replace(plan, origin=origin)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # one key: the order of several is random in the file, and equal networks should be equal bytes
@@ -33,17 +42,19 @@ def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str])
     contents = {WEIGHTS: safetensors.torch.save(_tensors(model), metadata)}
     if plan is not None:
         contents[PLAN] = plan.to_json().encode()
-    _replace_all(directory, contents)
+    replace_all(directory, contents)
     if plan is None:
         (directory / PLAN).unlink(missing_ok=True)
 
 
-def load(directory: str | os.PathLike[str], build: Callable[[], nn.Module]) -> nn.Module:
+def load(directory: str | os.PathLike[str], build: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Build the original network, cut it by the plan beside the weights, if there is one, and load the weights.
 
-    Device, dtype and memory format are those of the built network. Nothing is ever unpickled.
+    Without `build` the network is built as the plan's origin says; see `Origin` for what a plan may call. Device, dtype
+    and memory format are those of the built network. Nothing is ever unpickled.
 
-    Raises: FileNotFoundError without weights; ValueError if a file is damaged, or is not of the network that was built.
+    Raises: FileNotFoundError without weights; ValueError if a file is damaged, or is not of the network that was built,
+    or if neither `build` nor the plan says how to build one.
     """
     path = Path(directory) / WEIGHTS
     if not path.is_file():
@@ -52,7 +63,7 @@ def load(directory: str | os.PathLike[str], build: Callable[[], nn.Module]) -> n
     tensors, about = _read(path)
     if about and about.get("plan") != (None if plan is None else plan.digest):
         raise ValueError(f"{path} and its {PLAN} are not of one save; save again")
-    model = build()
+    model = build() if build is not None else _origin(directory, plan).build()
     if plan is not None:
         model = cut(model, plan)
     _check_keys(path, model.state_dict(), tensors)
@@ -69,6 +80,12 @@ def load_plan(directory: str | os.PathLike[str]) -> Plan | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _origin(directory: str | os.PathLike[str], plan: Plan | None) -> Origin:
+    if plan is None or plan.origin is None:
+        raise ValueError(f"nothing in {directory} says how its network is built; load it with build=...")
+    return plan.origin
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -121,7 +138,7 @@ def _sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def _replace_all(directory: Path, contents: Mapping[str, bytes]) -> None:
+def replace_all(directory: Path, contents: Mapping[str, bytes]) -> None:
     """Write files so that a failure leaves none of them, and no part of one, behind."""
     drafts = {name: directory / f".{name}.{secrets.token_hex(4)}" for name in contents}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from netslim.prune import operations as ops
 from netslim.prune.classes import CONSTANT, Ints, merged
+from netslim.prune.families import Family, families, table_of_families, table_of_norms
 from netslim.prune.flow import Flow
 from netslim.prune.shadow import on_a_copy
-from netslim.prune.tracing import few, graphs
+from netslim.prune.tracing import few, traces
 
 Coupling = Literal["group", "select"]
 """group: gammas of one class live or die together; select: each by itself, with index selections where needed."""
@@ -26,19 +28,30 @@ class Layer:
     """One BatchNorm of the map: gamma i belongs to its channel i."""
 
     name: str
-    width: int
     classes: tuple[int, ...]
     """(width,): gammas of equal number, in any layer, share channels, so that only together they leave no trace."""
-    prunable: tuple[bool, ...]
-    """(width,): True = the channels can be removed together with all gammas of the class."""
+    holds: tuple[str, ...]
+    """(width,): why the channel stays; empty = it can be removed together with all gammas of its class."""
     selectable: bool
     """Whether the gammas can be removed one by one, with index selections before or after the BatchNorm."""
-    reasons: tuple[tuple[str, int], ...]
-    """Why the channels that are not prunable stay, each with the number of channels it holds."""
+
+    @property
+    def width(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def prunable(self) -> tuple[bool, ...]:
+        """Tell for each channel, (width,), whether it can be removed."""
+        return tuple(map(operator.not_, self.holds))
 
     @property
     def num_prunable(self) -> int:
         return sum(self.prunable)
+
+    @property
+    def reasons(self) -> tuple[tuple[str, int], ...]:
+        """Say why the channels that are not prunable stay, each reason with the number of channels it holds."""
+        return tuple(Counter(why for why in self.holds if why).items())
 
     def removable(self, coupling: Coupling) -> tuple[bool, ...]:
         """Tell for each gamma, (width,), whether it can be removed under this coupling."""
@@ -97,28 +110,42 @@ class ChannelMap:
         return found
 
     @cached_property
+    def ends(self) -> dict[str, tuple[Ints, Ints]]:
+        """The numbers of the channels at the two ends of each of the `modules`, as arrays: inputs, outputs."""
+        return {end.name: (np.asarray(end.inputs), np.asarray(end.outputs)) for end in self.modules}
+
+    @cached_property
     def _by_name(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}
 
-    def __str__(self) -> str:
-        norms = {layer.name for layer in self.layers}
-        ends = [(end.name, set(end.inputs), set(end.outputs)) for end in self.modules]
-        own = {name: (inputs, outputs) for name, inputs, outputs in ends if name in norms}
-        rows = [("BatchNorm", "width", "prunable", "made by -> read by", "why the others stay")]
+    def families(self) -> tuple[Family, ...]:
+        """Put together the channel classes that the same layers share, in the order of execution."""
+        return families(self)
+
+    def count(self, coupling: Coupling = "group") -> str:
+        """Say how many of all channels are removable under this coupling."""
+        removable = sum(sum(layer.removable(coupling)) for layer in self.layers)
+        how = "prunable" if coupling == "group" else "removable one by one"
+        return f"{removable} of {sum(layer.width for layer in self.layers)} channels are {how}"
+
+    def summary(self, coupling: Coupling = "group") -> str:
+        """Say in one line how many channels are removable under this coupling, and why the others stay."""
+        return "; ".join(part for part in (self.count(coupling), self.kept_by(coupling)) if part)
+
+    def kept_by(self, coupling: Coupling = "group") -> str:
+        """Give the commonest reasons why channels are not removable under this coupling; empty if all are."""
+        kept: Counter[str] = Counter()
         for layer in self.layers:
-            inputs, outputs = own[layer.name]
-            makers = [name for name, _, made in ends if name not in norms and not made.isdisjoint(inputs)]
-            readers = [name for name, read, _ in ends if not read.isdisjoint(outputs - {CONSTANT})]
-            path = f"{few(makers) or '?'} -> {few(readers) or '?'}"
-            why = "; ".join(f"{count}: {reason}" for reason, count in layer.reasons)
-            rows.append((layer.name, str(layer.width), str(layer.num_prunable), path, why))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            f"{name:<{widths[0]}}  {width:>{widths[1]}}  {prunable:>{widths[2]}}  {path:<{widths[3]}}  {why}".rstrip()
-            for name, width, prunable, path, why in rows
-        ]
-        total, all_channels = sum(x.num_prunable for x in self.layers), sum(x.width for x in self.layers)
-        return "\n".join([*lines, f"{total} of {all_channels} channels are prunable"])
+            if coupling == "group" or not layer.selectable:
+                kept.update(dict(layer.reasons))
+        return few([f"{count} stay: {reason}" for reason, count in kept.most_common()], most=2, between="; ")
+
+    def table(self) -> str:
+        """Describe the map, a row per family of channels that the same layers share; `str` has one per BatchNorm."""
+        return table_of_families(self)
+
+    def __str__(self) -> str:
+        return table_of_norms(self)
 
 
 def map_channels(model: nn.Module, example: Tensor, coupling: Coupling = "group") -> ChannelMap:
@@ -138,14 +165,14 @@ def map_channels(model: nn.Module, example: Tensor, coupling: Coupling = "group"
         raise ValueError(f"an example of shape {tuple(example.shape)} is no batch of images (n, 3, height, width)")
     channels = _channels(on_a_copy(model, example[:1], _flow))
     if not any(any(layer.removable(coupling)) for layer in channels.layers):
-        why = "; ".join(f"'{layer.name}': {few([text for text, _ in layer.reasons])}" for layer in channels.layers)
-        raise ValueError(f"no channel of the network is prunable: {why}")
+        raise ValueError(f"no channel of the network is prunable: {channels.kept_by(coupling)}")
     return channels
 
 
 def _flow(model: nn.Module, example: Tensor) -> Flow:
-    flow = Flow(model)
-    for graph in graphs(model):
+    found = traces(model)
+    flow = Flow(model, found.opaque)
+    for graph in found.graphs:
         flow.run(graph, example)
     return flow
 
@@ -159,32 +186,22 @@ def _channels(flow: Flow) -> ChannelMap:
     shared = merged(roots, before, after)  # a class: all channels that BatchNorms connect
     class_held = np.full_like(held, len(reasons))
     np.minimum.at(class_held, shared, held)
-    number = np.zeros_like(roots)  # few and small numbers for the map
-    used = np.unique(np.concatenate([[CONSTANT], *(side for end in ends for side in end)]))
-    number[used] = np.arange(len(used))
-    layers = []
+    used = np.zeros(len(roots), bool)
+    used[np.concatenate([[CONSTANT], *(side for end in ends for side in end)])] = True
+    number = used.cumsum() - 1  # few and small numbers for the map
+    texts, layers = [*reasons, ""], []
     for use, (inputs, outputs) in zip(uses, ends, strict=True):
         if use.normalises:
             own = np.minimum(held[inputs], held[outputs])
             why = np.where(own < len(reasons), own, class_held[shared[inputs]])
-            layers.append(_layer(use.name, number[shared[inputs]], why, reasons, use.name not in flow.trouble))
-    modules = tuple(
-        Ends(use.name, use.kind, tuple(number[inputs].tolist()), tuple(number[outputs].tolist()))
-        for use, (inputs, outputs) in zip(uses, ends, strict=True)
-    )
-    return ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()))
-
-
-def _layer(name: str, classes: Ints, why: Ints, reasons: list[str], selectable: bool) -> Layer:
-    prunable = why == len(reasons)
-    return Layer(
-        name=name,
-        width=len(classes),
-        classes=tuple(classes.tolist()),
-        prunable=tuple(prunable.tolist()),
-        selectable=selectable,
-        reasons=tuple(Counter(reasons[index] for index in why[~prunable].tolist()).items()),
-    )
+            holds = tuple(map(texts.__getitem__, why.tolist()))
+            classes = tuple(number[shared[inputs]].tolist())
+            layers.append(Layer(use.name, classes, holds, use.name not in flow.trouble))
+    numbered = {use.name: (number[inputs], number[outputs]) for use, (inputs, outputs) in zip(uses, ends, strict=True)}
+    modules = tuple(Ends(use.name, use.kind, *(tuple(side.tolist()) for side in numbered[use.name])) for use in uses)
+    channels = ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()))
+    vars(channels)["ends"] = numbered  # at hand: making arrays of the tuples again took a third of a plan's time
+    return channels
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

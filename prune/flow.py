@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.fx.node import map_aggregate
 from netslim.prune import operations as ops
 from netslim.prune.classes import CONSTANT, UNNORMALISED, Classes, along, line, varying
 from netslim.prune.joins import joined, shifted
-from netslim.prune.moves import Count, Moves, averaged, leaves, pooled, sizes
+from netslim.prune.moves import Count, Moves, leaves, sizes
+from netslim.prune.places import averaged, filling, padded, pooled
+from netslim.prune.shapes import shaped
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class Flow:
     which the labels do not vary, so labels of large images cost no memory and the varying dimensions can be read off.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, opaque: Mapping[str, str] | None = None) -> None:
         self.model = model
+        self.opaque = opaque or {}
+        """Module that is called without a look inside -> why."""
         self.classes = Classes()
         self.uses: dict[str, Use] = {}
         self.trouble: dict[str, str] = {}
@@ -58,8 +63,32 @@ class Flow:
                 self._freeze(fx.node.map_arg(node.args, labels.__getitem__), "network output")
                 break
             values[node] = _evaluate(node, module, self.model, values, example)
+            self._keep_hidden(node, module)
             labels[node] = self._label(node, module, values[node], labels)
         self._moves.settle()
+
+    def _keep_hidden(self, node: fx.Node, module: nn.Module | None) -> None:
+        """Keep the layers that a node uses without calling them: what becomes of their channels is not seen."""
+        name = str(node.target)
+        if node.op == "get_attr":
+            owner = name.rpartition(".")[0]
+            layer = self.model.get_submodule(owner)
+            if isinstance(layer, ops.WEIGHTED):
+                self._keep(owner, layer, self.trouble[owner])
+        if module is None or (name not in self.opaque and not _is_whole(module)):
+            return
+        inside = {id(part) for part in module.modules()}
+        weights = {id(parameter) for parameter in module.parameters()}
+        why = self.opaque.get(name, f"inside '{name}', which is not known to keep channels apart")
+        for inner, layer in ops.layers_of(self.model).items():
+            if id(layer) in inside or any(id(own) in weights for own in layer.parameters(recurse=False)):
+                self._keep(inner, layer, why)
+
+    def _keep(self, name: str, layer: nn.Module, why: str) -> None:
+        self.trouble.setdefault(name, why)
+        ends = [self.classes.fresh(width, UNNORMALISED) for width in ops.widths(layer)]
+        use = self.uses.setdefault(name, _use(name, layer, *ends))
+        self._freeze((use.inputs, use.outputs), why)
 
     def _freeze(self, value: Any, reason: str) -> None:
         for tensor in leaves(value, Tensor):
@@ -70,16 +99,18 @@ class Flow:
     def _label(self, node: fx.Node, module: nn.Module | None, value: Any, labels: Any) -> Any:
         shapes = leaves(value, Tensor)
         if node.op == "placeholder" and shapes:
-            made = along(self.classes.fresh(value.shape[1], UNNORMALISED), 1, value.shape)
+            made = self._channels_of(value)
             self._freeze(made, "network input")
             return made
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), labels.__getitem__)
         name = "" if node.op in ("placeholder", "get_attr") else ops.name_of(node, module)
+        if module is not None and (why := self.opaque.get(str(node.target))):
+            return self._opaque((args, kwargs), value, why)
         if not shapes:
             return self._number(node, name, args, kwargs, value)
         if node.op == "get_attr":
             return _filled(value, torch.tensor(CONSTANT, device="cpu"))
-        if isinstance(module, (ops.NORMALISING, *ops.PRODUCING)):
+        if isinstance(module, ops.WEIGHTED):
             return self._bind(str(node.target), module, leaves((args, kwargs), Tensor)[0], value)
         return self._through(node, module, name, args, kwargs, value)
 
@@ -106,8 +137,7 @@ class Flow:
         outputs = self._made(name, module, features, value.shape[dim])
         if name in self.trouble:
             self._freeze((features, outputs), self.trouble[name])
-        use = Use(name, type(module).__name__, isinstance(module, ops.NORMALISING), features, outputs)
-        first = self.uses.setdefault(name, use)
+        first = self.uses.setdefault(name, _use(name, module, features, outputs))
         if first.outputs is not outputs:  # in another graph, or once more in this one
             self.classes.join(first.inputs, features)
             self.classes.join(first.outputs, outputs)
@@ -135,30 +165,74 @@ class Flow:
 
     def _through(self, node: fx.Node, module: nn.Module | None, name: str, args: Any, kwargs: Any, value: Any) -> Any:
         """Follow labels through an operation without weights; what is not known to keep channels apart freezes them."""
-        inputs = leaves((args, kwargs), Tensor)
         if name == "getitem" and not isinstance(args[0], Tensor):
             return args[0][args[1]]
-        single, why = isinstance(value, Tensor), None
-        made: Any = None
-        if name in ops.PASSING and single:
-            return inputs[0]
-        if name in ops.SHIFTING and single:
-            return shifted(self.classes, inputs[0], name, _place(node))
-        if name in ops.POOLING and single:
-            made, why = pooled(inputs[0], ops.POOLING[name], value.shape)
-        elif name in ops.AVERAGING and single:
-            made, why = averaged(args, kwargs)
-        elif name in ops.JOINING and single:
-            made, why = joined(self.classes, name, args, kwargs, value, _place(node))
-        elif name in ops.MOVING:
-            made, why = self._moves.move(node, module, name, args, kwargs, value)
-        else:
-            why = f"operation '{name}' is not known to keep channels apart"
+        made, why = self._followed(node, module, name, args, kwargs, value)
         if why is None:
             return made
+        mixed = self._mixed((args, kwargs), value, f"{why} at '{_place(node)}'")
+        return mixed if made is None else made
+
+    def _followed(
+        self, node: fx.Node, module: nn.Module | None, name: str, args: Any, kwargs: Any, value: Any
+    ) -> tuple[Any, str | None]:
+        """Label the value of an operation without weights, or say why its channels cannot be followed."""
+        unknown = f"operation '{name}' is not known to keep channels apart"
+        if name in ops.MOVING:
+            return self._moves.move(node, module, name, args, kwargs, value)
+        if name in ops.JOINING and isinstance(value, Tensor):
+            return joined(self.classes, name, args, kwargs, value, _place(node))
+        inputs: list[Tensor] = leaves((args, kwargs), Tensor)
+        if not isinstance(value, Tensor) or len(inputs) != 1 or leaves((args, kwargs), Count):
+            return None, unknown
+        (labels,) = inputs
+        if name in ops.PASSING or name in ops.SHIFTING or name in ops.LIMITING:
+            as_zero = ops.keeps_zero(node, name, module, args, kwargs)
+            return labels if as_zero else shifted(self.classes, labels, name, _place(node)), None
+        if name in ops.POOLING:
+            return pooled(labels, ops.POOLING[name], value.shape)
+        if name == "interpolate":
+            return pooled(labels, labels.dim() - 2, value.shape)
+        if name in ops.AVERAGING:
+            return averaged(name, args, kwargs)
+        if name == "pad":
+            amounts, fill = filling(module, args, kwargs)
+            made, why = padded(labels, amounts, fill, value.shape)
+            return shifted(self.classes, made, name, _place(node)) if made is not None and fill else made, why
+        if name == "channel_shuffle":
+            groups: Any = module.groups if module is not None else kwargs.get("groups", args[-1])
+            return self._moves.shuffle(labels, groups)
+        if isinstance(module, nn.PReLU):
+            return None, "a slope per channel"
+        return None, unknown
+
+    def _opaque(self, inputs: Any, value: Any, why: str) -> Any:
+        """Keep what goes into an opaque module and what comes out; so that what meets that stays for this reason."""
+        self._freeze(inputs, why)
+        made = map_aggregate(value, lambda leaf: self._channels_of(leaf) if isinstance(leaf, Tensor) else leaf)
+        self._freeze(made, why)
+        return made
+
+    def _channels_of(self, value: Tensor) -> Tensor:
+        """Make labels for the channels of a value (n, channels, ...)."""
+        if value.dim() < 2:
+            return self.classes.fresh(1, UNNORMALISED)[0].expand(value.shape)
+        return along(self.classes.fresh(value.shape[1], UNNORMALISED), 1, value.shape)
+
+    def _mixed(self, inputs: Any, value: Any, why: str) -> Any:
+        """Keep all that goes into an operation and all that comes out of it."""
         joint = self.classes.fresh(1, UNNORMALISED)
-        self._freeze((args, kwargs, joint), f"{why} at '{_place(node)}'")
-        return _filled(value, joint[0]) if made is None else made
+        self._freeze((inputs, joint), why)
+        return _filled(value, joint[0])
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Tell whether a module that is called holds others, which the graph then does not show."""
+    return not isinstance(module, ops.WEIGHTED) and next(module.children(), None) is not None
+
+
+def _use(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Use:
+    return Use(name, type(layer).__name__, isinstance(layer, ops.NORMALISING), inputs, outputs)
 
 
 def _evaluate(node: fx.Node, module: nn.Module | None, model: nn.Module, values: Any, example: Tensor) -> Any:
@@ -168,8 +242,8 @@ def _evaluate(node: fx.Node, module: nn.Module | None, model: nn.Module, values:
     if node.op == "get_attr":
         owner, _, attribute = str(node.target).rpartition(".")
         return getattr(model.get_submodule(owner), attribute)
-    if (same := _of_same_shape(node, module, args)) is not None:
-        return same
+    if (known := shaped(node, module, args, kwargs)) is not None:
+        return known
     try:
         if module is not None:
             return module.forward(*args, **kwargs)  # not module(...): hooks are the user's and may record
@@ -183,17 +257,6 @@ def _evaluate(node: fx.Node, module: nn.Module | None, model: nn.Module, values:
             f"the network does not run on an example of shape {tuple(example.shape)}: "
             f"'{_place(node)}' says: {first_line}; give an example (n, 3, height, width) that it accepts"
         ) from error
-
-
-def _of_same_shape(node: fx.Node, module: nn.Module | None, args: Any) -> Tensor | None:
-    """Spare shapes without numbers the operations that keep them: on the meta device torch is slow at some."""
-    if len(args) == 0 or not isinstance(args[0], Tensor) or not args[0].is_meta:
-        return None
-    if isinstance(module, ops.NORMALISING):
-        fits = args[0].dim() > 1 and args[0].shape[1] == module.num_features and ops.is_plain(module)
-        return args[0] if fits else None
-    known = node.op in ("call_module", "call_function", "call_method") and ops.name_of(node, module) in ops.PASSING
-    return args[0] if known else None
 
 
 def _argument(node: fx.Node, default: Any, example: Tensor) -> Any:
@@ -212,10 +275,9 @@ def _troubled_modules(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
     """Name the layers that cannot be resized, with the reason."""
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (ops.NORMALISING, *ops.PRODUCING))}
     owners: dict[int, str] = {}
     trouble: dict[str, str] = {}
-    for name, layer in layers.items():
+    for name, layer in ops.layers_of(model).items():
         own = dict(layer.named_parameters(recurse=False))
         twins = [owners.setdefault(id(parameter), name) for parameter in own.values()]
         others = [other for other in twins if other != name]

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from netslim.prune import operations as ops
-from netslim.prune.classes import Classes, compact, distinct, line, tight, varying
+from netslim.prune.classes import Classes, along, compact, distinct, line, tight, varying
 
 
 class Count(int):
@@ -79,6 +79,14 @@ class Moves:
             why = f"'{name}' lays channels over two dimensions"
         return made, why
 
+    def shuffle(self, labels: Tensor, groups: int) -> tuple[Tensor | None, str | None]:
+        """Take labels through a shuffle of equal groups of channels, which stay equal."""
+        if varying(labels) != {1} or isinstance(groups, Count):
+            return None, "'channel_shuffle' of something else than whole channels"
+        parts = line(labels, 1).view(groups, -1)
+        self.classes.join(parts, parts[:1].expand_as(parts))
+        return along(parts.t().flatten(), 1, labels.shape), None
+
     def settle(self) -> None:
         """Keep the channels whose number the network computes from that of other channels."""
         roots = self.classes.roots()
@@ -129,30 +137,6 @@ class Moves:
         if isinstance(size, Count) and name == "split":
             self._promises.append((size, compact(after[0]).flatten(), f"'{name}'"))
         return None
-
-
-def pooled(labels: Tensor, num_dims: int, shape: torch.Size) -> tuple[Tensor | None, str | None]:
-    """Pool labels over the last dimensions, which may hold no channels."""
-    kept = labels.dim() - num_dims
-    if any(dim >= kept for dim in varying(labels)):
-        return None, "channels pooled together"
-    for dim in range(kept, labels.dim()):
-        labels = labels.narrow(dim, 0, 1)
-    return labels.expand(shape), None
-
-
-def averaged(args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
-    """Take labels through a mean, which may not be one over channels."""
-    labels: Tensor = args[0] if args else kwargs["input"]
-    dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
-    keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
-    dims = range(labels.dim()) if dims is None else (dims,) if isinstance(dims, int) else dims
-    gone = {dim % labels.dim() for dim in dims}
-    if gone & varying(labels):
-        return None, "averaged over channels"
-    for dim in sorted(gone, reverse=True):
-        labels = labels.narrow(dim, 0, 1) if keepdim else labels.select(dim, 0)
-    return labels, None
 
 
 def _asked_sizes(args: Any, kwargs: Any) -> Sequence[Any]:

@@ -36,22 +36,33 @@ _ACTIVATING = {
     "celu",
     "mish",
     "softsign",
+    "softshrink",
+    "hardshrink",
+    "tanhshrink",
+    "abs",
+    "neg",
+    "square",
+    "sqrt",
 }
 _COPYING = {"dropout", "dropout1d", "dropout2d", "dropout3d", "detach", "clone", "contiguous"}
 PASSING = frozenset(_ACTIVATING | _COPYING)
 # Element by element too, but f(0) is another number.
 SHIFTING = frozenset({"sigmoid", "hardsigmoid", "softplus", "exp", "cos"})
+# Element by element; whether f(0) = 0 depends on the limits.
+LIMITING = frozenset({"hardtanh", "clamp", "clip", "threshold"})
 # Two values, element by element.
 JOINING = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv"})
 SCALING = frozenset({"mul", "imul", "div", "truediv", "itruediv"})
 POOLING = {
     f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)
 }  # name -> number of trailing dimensions that are pooled
-AVERAGING = frozenset({"mean"})
+AVERAGING = frozenset({"mean", "sum", "amax", "amin"})
+OTHERS = frozenset({"interpolate", "pad", "channel_shuffle"})
 
 NORMALISING = nn.modules.batchnorm._BatchNorm  # 1d, 2d, 3d and SyncBatchNorm
 CONVOLVING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRODUCING = (*CONVOLVING, nn.Linear)
+WEIGHTED = (NORMALISING, *PRODUCING)
 _MODULES: dict[type[nn.Module], str] = {
     nn.Identity: "clone",
     nn.Flatten: "flatten",
@@ -74,6 +85,15 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.CELU: "celu",
     nn.Mish: "mish",
     nn.Softsign: "softsign",
+    nn.Hardtanh: "hardtanh",
+    nn.Threshold: "threshold",
+    nn.Softshrink: "softshrink",
+    nn.Hardshrink: "hardshrink",
+    nn.Tanhshrink: "tanhshrink",
+    nn.Upsample: "interpolate",
+    nn.UpsamplingNearest2d: "interpolate",
+    nn.UpsamplingBilinear2d: "interpolate",
+    nn.ChannelShuffle: "channel_shuffle",
     nn.MaxPool1d: "max_pool1d",
     nn.MaxPool2d: "max_pool2d",
     nn.MaxPool3d: "max_pool3d",
@@ -87,7 +107,9 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.AdaptiveMaxPool2d: "adaptive_max_pool2d",
     nn.AdaptiveMaxPool3d: "adaptive_max_pool3d",
 }
-_KNOWN = MOVING | PASSING | SHIFTING | JOINING | set(POOLING) | AVERAGING
+_PADS = ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
+_MODULES |= {getattr(nn, f"{kind}{n}d"): "pad" for kind in _PADS for n in (1, 2, 3)}
+_KNOWN = MOVING | PASSING | SHIFTING | LIMITING | JOINING | set(POOLING) | AVERAGING | OTHERS
 _ELSEWHERE = {("torchvision.ops.stochastic_depth", "stochastic_depth"): "dropout"}  # torch.fx.wrap makes it a leaf
 
 
@@ -108,6 +130,8 @@ _FUNCTIONS = _named_functions()
 def name_of(node: fx.Node, module: nn.Module | None) -> str:
     """Name the operation of a node as the sets above do, in-place ones alike; an unknown one as it is written."""
     if module is not None:
+        if type(module) is nn.PReLU and module.num_parameters == 1:
+            return "leaky_relu"  # with a slope that is learnt
         # Exact types: a subclass may compute anything.
         return _MODULES.get(type(module), type(module).__name__)
     if node.op == "call_method":
@@ -132,9 +156,35 @@ def is_plain(module: nn.Module) -> bool:
     return False
 
 
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Name every convolution, linear layer and BatchNorm of a network."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+
+
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """Count the features at the two ends of a convolution, linear layer or BatchNorm: inputs, outputs."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, CONVOLVING):
+        return layer.in_channels, layer.out_channels
+    assert isinstance(layer, NORMALISING), "nothing else has weights that are cut"
+    return layer.num_features, layer.num_features
+
+
 def reads_no_values(name: str) -> bool:
     """Tell whether an operation looks at a tensor's shape or kind alone."""
     return name in METADATA or name.removeprefix("getattr ") in ATTRIBUTES
+
+
+def keeps_zero(node: fx.Node, name: str, module: nn.Module | None, args: Any, kwargs: Any) -> bool:
+    """Tell whether an element-by-element operation leaves a channel of zeros one; its limits are tried on a zero."""
+    if name not in LIMITING:
+        return name in PASSING
+    rest = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
+    try:
+        return not apply_to_labels(node, name, module, (torch.zeros(1), *args[1:]), rest).any()
+    except (RuntimeError, TypeError):  # limits that are tensors
+        return False
 
 
 def apply_to_labels(node: fx.Node, name: str, module: nn.Module | None, args: Any, kwargs: Any) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections import Counter
 from functools import cached_property
-from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from netslim.prune.origin import Origin
 from netslim.prune.rules import Rules
 
 # strict: JSON's "3" is no 3; extra fields are a plan of another version
@@ -99,6 +100,8 @@ class Plan:
     """The layers that change: all that `cut` needs, so that no trace is needed to apply a plan."""
     selections: tuple[Selection, ...] = ()
     """Where channels are selected before a BatchNorm or put back after it."""
+    origin: Origin | None = None
+    """How to build the network before the cut; None where that was not said."""
 
     def __post_init__(self) -> None:
         named = ((self.layers, "layers"), (self.slices, "slices"), (self.selections, "selections"))
@@ -147,6 +150,8 @@ class Plan:
     def _content(self) -> dict[str, Any]:
         content = TypeAdapter(Plan).dump_python(self, mode="json")
         assert isinstance(content, dict), "pydantic dumps dataclasses as dictionaries"
+        if self.origin is None:
+            del content["origin"]  # as in plans of before there were origins, whose digests stay right
         return content
 
     def to_json(self) -> str:
@@ -201,7 +206,7 @@ class Plan:
 
 
 def _check_indices(name: str, kept: tuple[int, ...], width: int) -> None:
-    if any(a >= b for a, b in pairwise(kept)):
+    if any(map(operator.ge, kept, kept[1:])):
         raise ValueError(f"the kept indices of '{name}' are not sorted")
     if kept[-1] >= width:
         raise ValueError(f"the kept index {kept[-1]} of '{name}' is beyond its width {width}")

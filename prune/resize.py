@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ def fitting_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         _check_width(kept.name, "channels", norm.num_features, kept.width)
     for part in plan.slices:
         layer = layers.get(part.name)
-        if not isinstance(layer, (ops.NORMALISING, *ops.PRODUCING)):
+        if not isinstance(layer, ops.WEIGHTED):
             raise ValueError(f"the plan does not fit the network: it has no convolution or linear layer '{part.name}'")
-        num_inputs, num_outputs = _sizes(layer)
+        num_inputs, num_outputs = ops.widths(layer)
         _check_width(part.name, "inputs", num_inputs, part.num_inputs)
         _check_width(part.name, "outputs", num_outputs, part.num_outputs)
         if isinstance(layer, ops.CONVOLVING) and layer.groups > 1:
@@ -56,15 +57,6 @@ def _alike(kept: Sequence[int], width: int, groups: int) -> bool:
 def _check_width(name: str, what: str, have: int, want: int) -> None:
     if have != want:
         raise ValueError(f"the plan does not fit the network: '{name}' has {have} {what}, the plan says {want}")
-
-
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, ops.CONVOLVING):
-        return layer.in_channels, layer.out_channels
-    assert isinstance(layer, ops.NORMALISING), "checked before"
-    return layer.num_features, layer.num_features
 
 
 def resize(layer: nn.Module, part: Slice) -> None:
@@ -100,17 +92,29 @@ def surround(small: nn.Module, around: Selection) -> None:
 
 def sliced(layer: nn.Module, name: str, tensor: Tensor, part: Slice) -> Tensor:
     """Take the kept features of a weight (out, in / groups, ...), transposed (in, out, ...), or of a vector (out,)."""
-    out_dim, in_dim = (1, 0) if isinstance(layer, ops.CONVOLVING) and layer.transposed else (0, 1)
-    if name != "weight" or tensor.dim() == 1:
-        out_dim = 0
-    values = tensor.detach()
-    if part.outputs is not None:
-        values = values.index_select(out_dim, torch.tensor(part.outputs, device=tensor.device))
+    outputs = None if part.outputs is None else _index(part.outputs, tensor.device)
+    inputs = None
     if part.inputs is not None and tensor.dim() > 1:
-        inputs = _of_one_group(layer, part.inputs) if isinstance(layer, ops.CONVOLVING) else part.inputs
-        values = values.index_select(in_dim, torch.tensor(inputs, device=tensor.device))
-    values = _laid_out_like(tensor, values)
+        kept = _of_one_group(layer, part.inputs) if isinstance(layer, ops.CONVOLVING) else part.inputs
+        inputs = _index(kept, tensor.device)
+    swapped = name == "weight" and tensor.dim() > 1 and isinstance(layer, ops.CONVOLVING) and layer.transposed
+    values = _laid_out_like(tensor, _selected(tensor.detach(), *((inputs, outputs) if swapped else (outputs, inputs))))
     return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _selected(values: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Select along the first two dimensions; None = all."""
+    if rows is not None and columns is not None and values.is_contiguous() and values[0, 0].numel() > 1:
+        # kernels at once: half the memory to fill, and of large weights that is what takes the time
+        both = (rows[:, None] * values.shape[1] + columns).flatten()
+        return values.flatten(0, 1).index_select(0, both).view(len(rows), len(columns), *values.shape[2:])
+    values = values if rows is None else values.index_select(0, rows)
+    return values if columns is None else values.index_select(1, columns)
+
+
+@lru_cache(maxsize=4)  # the tensors of a layer are sliced one after the other
+def _index(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(indices, device=device)
 
 
 def _of_one_group(layer: nn.Module, inputs: tuple[int, ...]) -> tuple[int, ...]:

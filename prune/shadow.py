@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from netslim.prune.replica import replica
 
 Result = TypeVar("Result")
 
@@ -20,7 +21,7 @@ def weightless(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo).eval()
+    return replica(model, memo).eval()
 
 
 def on_a_copy(model: nn.Module, example: Tensor, ask: Callable[[nn.Module, Tensor], Result]) -> Result:
@@ -32,4 +33,4 @@ def on_a_copy(model: nn.Module, example: Tensor, ask: Callable[[nn.Module, Tenso
         try:
             return ask(weightless(model), example.detach().to("meta"))
         except Exception:  # whatever it was: the copy with numbers decides, and its error is the user's
-            return ask(copy.deepcopy(model).eval(), example.detach())
+            return ask(replica(model, {}).eval(), example.detach())

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netslim.prune.channels import ChannelMap
-from netslim.prune.classes import Ints
 from netslim.prune.plan import Selection, Slice
 
 Flags = NDArray[np.bool_]
@@ -19,10 +18,9 @@ def realise(channels: ChannelMap, gone: Mapping[str, Flags]) -> tuple[tuple[Slic
 
     Args: gone, per BatchNorm (width,), True = the gamma is removed.
     """
-    ends = {end.name: (np.asarray(end.inputs), np.asarray(end.outputs)) for end in channels.modules}
-    dead = _dead(channels, ends, gone)
+    dead = _dead(channels, gone)
     slices, selections = [], []
-    for name, (inputs, outputs) in ends.items():
+    for name, (inputs, outputs) in channels.ends.items():
         num_inputs, num_outputs = len(inputs), len(outputs)
         live_inputs, live_outputs = ~dead[inputs], ~dead[outputs]
         if name in gone:
@@ -43,16 +41,14 @@ def realise(channels: ChannelMap, gone: Mapping[str, Flags]) -> tuple[tuple[Slic
     return tuple(slices), tuple(selections)
 
 
-def _dead(channels: ChannelMap, ends: Mapping[str, tuple[Ints, Ints]], gone: Mapping[str, Flags]) -> Flags:
+def _dead(channels: ChannelMap, gone: Mapping[str, Flags]) -> Flags:
     """Tell which channels, (numbers,), no one needs any more; every layer keeps one at each end."""
     total = len(channels.fixed)
-    touched, removed = np.zeros(total, np.int64), np.zeros(total, np.int64)
-    for name, flags in gone.items():
-        for side in ends[name]:
-            touched += np.bincount(side, minlength=total)
-            removed += np.bincount(side[flags], minlength=total)
+    sides = [(side, flags) for name, flags in gone.items() for side in channels.ends[name]]
+    touched = np.bincount(np.concatenate([side for side, _ in sides]), minlength=total)
+    removed = np.bincount(np.concatenate([side[flags] for side, flags in sides]), minlength=total)
     dead: Flags = (touched > 0) & (touched == removed) & ~np.asarray(channels.fixed)
-    emptied = [side for both in ends.values() for side in both if dead[side].all()]
+    emptied = [side for both in channels.ends.values() for side in both if dead[side].all()]
     while emptied:
         dead[emptied[0][0]] = False  # its gamma stays removed, by a selection
         emptied = [side for side in emptied if dead[side].all()]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from netslim.prune.plan import Plan
+from netslim.prune.replica import replica
 from netslim.prune.resize import fitting_layers, resize, sliced, surround
 
 TOLERANCE = 1e-5
@@ -32,8 +34,8 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
             if tensor.dim():  # not num_batches_tracked
                 memo[id(tensor)] = sliced(layer, name, tensor, part)
-    # the memo hands deepcopy the sliced weights, so the removed ones are never copied
-    small = copy.deepcopy(model, memo)
+    # the memo hands over the sliced weights, so the removed ones are never copied
+    small = replica(model, memo)
     for part in plan.slices:
         resize(small.get_submodule(part.name), part)
     for around in plan.selections:
@@ -65,17 +67,32 @@ def largest_difference(model: nn.Module, small: nn.Module, plan: Plan, example: 
     with torch.no_grad():
         want = _outputs(masked(model, plan), example, dtype)
         have = _outputs(copy.deepcopy(small), example, dtype)
+    return relative_difference(have, want)
+
+
+def relative_difference(have: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """Measure max |have - want| over all tensors, relative to max(1, max |want|); infinite where one is not finite.
+
+    Raises: RuntimeError if there is nothing to compare, or shapes differ.
+    """
     if not want or [t.shape for t in want] != [t.shape for t in have]:
-        raise RuntimeError("the cut network's outputs have other shapes than the original's")
+        raise RuntimeError("the network's outputs have other shapes than the original's")
     scale = max([1.0, *(t.abs().max().item() for t in want)])
     # against infinite or NaN logits nothing can be proved
     differences = [
         torch.nan_to_num(a - b, nan=math.inf, posinf=math.inf, neginf=-math.inf)
-        for a, b in zip(want, have, strict=True)
+        for a, b in zip(have, want, strict=True)
     ]
     return (
         max(difference.abs().max().item() for difference in differences) / scale if math.isfinite(scale) else math.inf
     )
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """List the tensors in what a network returns: one, or a structure of several."""
+    found: list[Tensor] = []
+    map_aggregate(outputs, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
+    return found
 
 
 def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> float:
@@ -97,8 +114,5 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
-def _outputs(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-    found: list[Tensor] = []
-    outputs = model.to(example.device, dtype).eval()(example.to(dtype))
-    map_aggregate(outputs, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
-    return found
+def _outputs(model: nn.Module, example: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return tensors(model.to(example.device, dtype).eval()(example.to(dtype)))

@@ -3,85 +3,105 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from netslim.prune import operations as ops
 
+_REMEDY = "move branches and loops over tensor values out of its forward, or into a function marked with torch.fx.wrap"
 
-def graphs(model: nn.Module) -> list[fx.Graph]:
+
+@dataclass(frozen=True)
+class Traces:
+    """The graphs of one network, and the modules that they call without looking inside."""
+
+    graphs: tuple[fx.Graph, ...]
+    opaque: dict[str, str]
+    """Module that torch.fx cannot trace -> what it said and what helps."""
+
+
+def traces(model: nn.Module) -> Traces:
     """Trace the network as it evaluates, and as it trains if it has layers that only training calls.
 
-    Leaves the model in eval mode. Raises: ValueError if torch.fx cannot trace it, or if a layer is never called.
+    Leaves the model in eval mode. Raises: ValueError if torch.fx cannot trace its own forward, or if a layer is never
+    called.
     """
-    found = [trace(model.eval())]
-    if _unreached(model, found):
-        found.append(trace(model.train()))
+    opaque: dict[str, str] = {}
+    found = [trace(model.eval(), opaque)]
+    if missed := _unreached(model, found):
+        found.append(trace(model.train(), opaque))
         model.eval()
-    missed = _unreached(model, found)
+        missed = _unreached(model, found)
     if missed:
         raise ValueError(
             f"the network never calls {few([repr(name) for name in missed])}, neither in eval nor in training mode, "
             "so what these read is unknown; build it without unused layers"
         )
-    return found
+    return Traces(tuple(found), opaque)
 
 
-def few(names: Sequence[str], most: int = 3) -> str:
+def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
     """List the first names and say how many more there are."""
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class _Tracer(fx.Tracer):
-    """Remembers in which module tracing stopped."""
+    """Looks into no opaque module, and remembers in which one tracing stopped."""
 
-    def __init__(self) -> None:
+    def __init__(self, opaque: Collection[str]) -> None:
         super().__init__()
+        self.opaque = opaque
         self.path: list[str] = []
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return super().is_leaf_module(module, name) or ops.is_plain(module)
+        return name in self.opaque or super().is_leaf_module(module, name) or ops.is_plain(module)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        self.path.append(self.path_of_module(m))
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):  # where a leaf cannot be called, its caller is at fault
+            return super().call_module(m, forward, args, kwargs)
+        self.path.append(name)
         result = super().call_module(m, forward, args, kwargs)
         self.path.pop()  # not in a finally: after an error the path shows where
         return result
 
 
-def trace(model: nn.Module) -> fx.Graph:
-    """Trace the network in its present mode; ValueError naming the module where torch.fx cannot."""
+def trace(model: nn.Module, opaque: dict[str, str]) -> fx.Graph:
+    """Trace the network in its present mode; add to the opaque modules where torch.fx stops, and start again."""
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    while True:  # at most once for each module
+        tracer = _Tracer(opaque)
+        try:
+            return tracer.trace(model, concrete_args=_defaults(model))
+        except Exception as error:  # tracing runs the network's own code, which may raise anything
+            what = str(error).strip().partition("\n")[0] or type(error).__name__
+            if not tracer.path:
+                raise ValueError(
+                    f"torch.fx cannot trace the network's own forward, so nothing is prunable: {what}; {_REMEDY}"
+                ) from error
+            opaque[tracer.path[-1]] = f"torch.fx cannot trace '{tracer.path[-1]}': {what}; {_REMEDY}"
+        for module, before in attributes:  # a proxy kept on a module would be there when it really runs
+            module.__dict__.clear()
+            module.__dict__.update(before)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any] | None:
     arguments = list(inspect.signature(model.forward).parameters.values())[1:]
-    defaults = {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
-    tracer = _Tracer()
-    try:
-        return tracer.trace(model, concrete_args=defaults or None)
-    except Exception as error:  # tracing runs the network's own code, which may raise anything
-        place = f"module '{tracer.path[-1]}'" if tracer.path else "the network's own forward"
-        what = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"torch.fx cannot trace {place}: {what}; move branches and loops over tensor values "
-            "out of forward, or into a function marked with torch.fx.wrap"
-        ) from error
+    return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty} or None
 
 
 def _unreached(model: nn.Module, found: Sequence[fx.Graph]) -> list[str]:
     """Name the layers with weights that no graph calls: what they read is unknown, and a cut would break them."""
-    nodes = [node for graph in found for node in graph.nodes]
-    reached = {str(node.target) for node in nodes if node.op == "call_module"}
-    reached |= {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (ops.NORMALISING, *ops.PRODUCING)) and not reached & set(_and_parents(name))
-    ]
-
-
-def _and_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    reached: set[nn.Module] = set()
+    for node in (node for graph in found for node in graph.nodes):
+        if node.op == "call_module":
+            reached.update(model.get_submodule(str(node.target)).modules())
+        elif node.op == "get_attr":
+            reached.add(model.get_submodule(str(node.target).rpartition(".")[0]))
+    return [name for name, layer in ops.layers_of(model).items() if layer not in reached]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -104,15 +105,11 @@ class Rooms:
         mine = units.owners >= 0
         rooms, owners, capacity = [units.layers[mine]], [units.owners[mine]], [np.maximum(widths - floors, 0)]
         if coupling == "group":  # a selection stands in wherever single gammas would empty another layer
-            norms = {layer.name for layer in channels.layers}
-            ends = {end.name: end for end in channels.modules}
+            norms = {layer.name: channels.ends[layer.name] for layer in channels.layers}
             unit_of = np.full(len(channels.fixed), -1)
-            own = [ends[layer.name] for layer in channels.layers]
-            for numbers in ([end.inputs for end in own], [end.outputs for end in own]):
-                unit_of[np.concatenate([np.asarray(part) for part in numbers])[mine]] = units.owners[mine]
-            sides = [
-                np.asarray(s) for end in channels.modules if end.name not in norms for s in (end.inputs, end.outputs)
-            ]
+            for numbers in zip(*norms.values(), strict=True):
+                unit_of[np.concatenate(numbers)[mine]] = units.owners[mine]
+            sides = [side for name, both in channels.ends.items() if name not in norms for side in both]
             for room, side in enumerate(sides, len(widths)):
                 found = unit_of[side]
                 owners.append(found[found >= 0])
@@ -130,9 +127,9 @@ class Rooms:
         """Per unit what it takes from which room."""
         pairs, counts = np.unique(self._owners * len(self._capacity) + self._rooms, return_counts=True)
         owners, rooms = np.divmod(pairs, len(self._capacity))
-        bounds = np.flatnonzero(np.diff(owners)) + 1
-        parts = zip(np.split(rooms, bounds), np.split(counts, bounds), strict=True)
-        return [dict(zip(room.tolist(), count.tolist(), strict=True)) for room, count in parts]
+        bounds = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+        takes = list(zip(rooms.tolist(), counts.tolist(), strict=True))
+        return [dict(takes[start:end]) for start, end in pairwise(bounds)]
 
 
 def _sizes(scores: Mapping[str, Tensor], layer: Layer) -> NDArray[np.float64]:

@@ -11,7 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from netslim.launch.cli import dispatch
+from netslim.launch.artefacts import claim
+from netslim.launch.cli import COMMANDS, dispatch
+from netslim.launch.config import RunConfig
+from netslim.launch.describe import describe
+from netslim.train import ModelConfig
 
 Netslim = Callable[..., tuple[int, str]]
 
@@ -55,7 +59,7 @@ def assert_one_line(error: str, *parts: str) -> None:
 def test_help_names_commands_and_presets(capfd: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["--help"]) == 0
     text = capfd.readouterr().out
-    for word in ("run", "sparsify", "prune", "finetune", "data", "digits", "lab-vgg19-cifar10", "resnet50-imagenet"):
+    for word in (*COMMANDS, "digits", "lab-vgg19-cifar10", "resnet50-imagenet"):
         assert word in text
 
 
@@ -194,6 +198,47 @@ def test_a_full_disk_ends_the_run_and_leaves_no_stage_that_looks_complete(
     assert code == 2
     assert "No space left on device" in error
     assert not list(full_disk.glob("*/metrics.json"))
+
+
+def test_inspect_prints_the_map_of_a_preset(capfd: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["inspect", "digits", "--model.width", "0.0625"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "vgg11 on images of 32x32"
+    assert lines[2].split() == ["4", "4", "features.1", "features.0", "->", "features.4", "prunable"]
+    assert lines[-1] == "172 of 172 channels are prunable"
+
+
+def test_inspect_counts_single_scales_where_the_run_will(capfd: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["inspect", "preresnet164-cifar10", "--model.name", "preresnet20"]) == 0
+    assert capfd.readouterr().out.splitlines()[-2:] == [
+        "960 of 1360 channels are prunable",
+        "1360 of 1360 channels are removable one by one",
+    ]
+
+
+def test_inspect_prints_the_map_of_a_run(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = RunConfig(model=ModelConfig(name="vgg13", width=0.125))
+    claim(tmp_path, "digits", config)
+    assert dispatch(["inspect", str(tmp_path)]) == 0
+    assert capfd.readouterr().out == f"{describe(config)}\n"
+
+
+def test_inspect_names_the_file_of_a_run_that_it_cannot_read(netslim: Netslim, tmp_path: Path) -> None:
+    code, error = netslim("inspect", tmp_path)
+    assert code == 2
+    assert_one_line(error, str(tmp_path), "no config.json")
+    (tmp_path / "config.json").write_text('{"preset": "digits", "seed": -1}')
+    code, error = netslim("inspect", tmp_path)
+    assert code == 2
+    assert_one_line(error, str(tmp_path / "config.json"), "seed is -1")
+
+
+def test_sparsity_training_says_how_many_channels_are_prunable(
+    tiny: list[object], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    assert dispatch([str(argument) for argument in ["sparsify", *tiny]]) == 0
+    assert "sparse: 172 of 172 channels are prunable\n" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("coupling", ["group", "select"])

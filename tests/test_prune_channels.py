@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_prune_nets import EXAMPLE, NETS, Catenated, Gated, Residual, Shuffling, block, chain
+import torch.nn.functional as F
+from test_prune_nets import EXAMPLE, NETS, Catenated, Gated, Residual, Shuffling, block, chain, scramble
 from torch import Tensor, nn
 from torchvision import models
 
-from netslim.prune import map_channels
+from netslim.prune import largest_difference, map_channels, slim
 
 
 def reasons(model: nn.Module) -> dict[str, list[str]]:
@@ -74,7 +75,13 @@ def test_moving_data_freezes_only_where_it_counts_channels():
     ("between", "reason"),
     [
         (nn.Sigmoid(), "operation 'sigmoid' is not zero at zero at 'between'"),
-        (nn.Upsample(scale_factor=2), "operation 'Upsample' is not known to keep channels apart at 'between'"),
+        (nn.Hardtanh(0.5, 1.0), "operation 'hardtanh' is not zero at zero at 'between'"),
+        (nn.ConstantPad2d(1, 0.5), "operation 'pad' is not zero at zero at 'between'"),
+        (nn.PReLU(4), "a slope per channel at 'between'"),
+        (
+            nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2)),
+            "operation 'PixelShuffle' is not known to keep channels apart at 'between.0'",
+        ),
         (nn.Softmax(1), "operation 'Softmax' is not known to keep channels apart at 'between'"),
         (nn.Conv2d(4, 4, 1, groups=4), "'between' adds a bias"),
     ],
@@ -142,17 +149,107 @@ def test_a_network_without_batchnorm_is_refused():
 
 
 def test_a_network_with_everything_frozen_is_refused_with_the_reasons():
-    with pytest.raises(ValueError, match=r"no channel of the network is prunable: '0.1': network output"):
+    with pytest.raises(ValueError, match=r"is prunable: 4 stay: network output"):
         map_channels(nn.Sequential(block(3, 4)), EXAMPLE)
 
 
-def test_a_branch_on_values_is_refused_naming_its_module_and_a_remedy():
-    class Branching(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x if x.sum() > 0 else -x
+class Branching(nn.Module):
+    """Decides by values, and keeps one of them: torch.fx can follow neither."""
 
-    with pytest.raises(ValueError, match=r"cannot trace module 'between': .*; move branches"):
-        map_channels(Last(Branching()), EXAMPLE)
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last_seen = block(4, 4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        if self.last_seen is None or self.last_seen.shape != x.shape:
+            self.last_seen = x
+        return x if x.sum() > 0 else -x
+
+
+def branching_in_a_chain() -> nn.Module:
+    return nn.Sequential(block(3, 6), block(6, 4), Branching(), block(4, 6), nn.Flatten(), nn.Linear(6 * 1024, 5))
+
+
+class BranchingInAResidual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.branch = block(3, 6), block(6, 4), nn.Sequential(block(4, 4), Branching())
+        self.inner, self.head = block(4, 5), nn.Linear(5, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x))
+        return self.head(self.inner(x + self.branch(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("coupling", ["group", "select"])
+@pytest.mark.parametrize("build", [branching_in_a_chain, BranchingInAResidual])
+def test_a_network_is_cut_exactly_around_a_module_that_cannot_be_traced(build, coupling):
+    torch.manual_seed(0)
+    model = scramble(build())
+    small, plan = slim(model, EXAMPLE, ratio=0.5, coupling=coupling)  # raises beyond 1e-5
+    hidden = [name for name in plan.widths if "body" in name]
+    assert len(hidden) == 1
+    assert len(plan.kept[hidden[0]]) == 4
+    assert plan.num_removed > 0
+    assert largest_difference(model, small, plan, EXAMPLE) < 1e-10
+
+
+def test_a_module_that_cannot_be_traced_keeps_what_it_reads_holds_and_makes_and_says_why():
+    channels = map_channels(branching_in_a_chain(), EXAMPLE)
+    free, before, inside, after = channels.layers
+    assert free.num_prunable == after.num_prunable == 6
+    assert before.reasons == inside.reasons  # one sentence for all
+    assert not inside.selectable
+    ((reason, count),) = inside.reasons
+    assert count == 4
+    assert reason.startswith("torch.fx cannot trace '2': symbolically traced variables")
+    assert reason.endswith("or into a function marked with torch.fx.wrap")
+    assert [(end.name, end.kind) for end in channels.modules][4:6] == [
+        ("2.body.0", "Conv2d"),
+        ("2.body.1", "BatchNorm2d"),
+    ]
+
+
+def test_layers_inside_a_module_of_torch_that_is_called_as_a_whole_are_in_the_map():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block = block(3, 4), block(4, 6)
+            self.attend = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attend(self.block(self.first(x)).flatten(2).transpose(1, 2))
+
+    channels = map_channels(Attending(), EXAMPLE[:, :, ::4, ::4])
+    assert "attend.linear1" in [end.name for end in channels.modules]
+    assert [layer.num_prunable for layer in channels.layers] == [4, 0]
+
+
+def test_a_network_whose_own_forward_branches_on_values_is_refused_with_a_remedy():
+    class Wholly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = chain(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x if x.sum() > 0 else -x)
+
+    with pytest.raises(
+        ValueError, match=r"^torch.fx cannot trace the network's own forward, .*; move branches"
+    ) as error:
+        map_channels(Wholly(), EXAMPLE)
+    assert "\n" not in str(error.value)
+
+
+def test_a_batchnorm_that_a_subclass_computes_itself_is_counted():
+    class Own(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+    model = chain(4, 6)
+    model[0][1] = Own(4)
+    assert reasons(model)["0.1"] == ["a parameter of '0.1' is read outside it"]
 
 
 def test_an_example_that_does_not_fit_is_refused_naming_the_layer():
@@ -221,3 +318,43 @@ def test_the_map_prints_one_line_per_batchnorm():
     assert lines[-1] == "28 of 28 channels are prunable"
     assert lines[3].split() == ["outer.1", "8", "8", "outer.0", "->", "inner.0,", "head"]
     assert len(lines) == 5
+
+
+def test_channels_that_the_same_layers_share_are_one_family():
+    shared, inner = map_channels(Residual(), EXAMPLE).families()
+    assert (shared.num_classes, shared.num_gammas, inner.num_classes) == (8, 16, 12)
+    assert shared.norms == ("stem.1", "outer.1")
+    assert shared.makers == ("stem.0", "outer.0")
+    assert shared.readers == ("inner.0", "head")
+    assert not shared.why
+
+
+def test_families_hold_every_gamma_once_and_are_prunable_where_the_layers_are():
+    channels = map_channels(Shuffling(), EXAMPLE)
+    families = channels.families()
+    assert sum(family.num_gammas for family in families) == sum(layer.width for layer in channels.layers)
+    free = sum(family.num_gammas for family in families if not family.why)
+    assert free == sum(layer.num_prunable for layer in channels.layers)
+    assert 0 < free < sum(family.num_gammas for family in families)
+
+
+def test_the_table_has_a_row_per_family_and_states_each_reason_once():
+    lines = map_channels(Gated(), EXAMPLE).table().splitlines()
+    assert " ".join(lines[1].split()) == "8 16 first.1, deep.1 first.0, deep.0 -> deep.0, early prunable"
+    assert lines[2].endswith("early -> inner.0, peek            one by one [1]")
+    assert lines[4:] == ["[1] read before its BatchNorm by 'peek'", "25 of 31 channels are prunable"]
+
+
+def test_the_tables_of_a_deep_network_name_only_the_first_layers():
+    with torch.device("meta"):
+        model = models.densenet121(weights=None)
+    channels = map_channels(model, EXAMPLE)
+    assert max(len(family.norms) for family in channels.families()) > 20
+    for text in (channels.table(), str(channels)):
+        assert max(len(line) for line in text.splitlines()) < 500
+
+
+def test_the_summary_gives_the_commonest_reasons_in_one_line():
+    channels = map_channels(Gated(), EXAMPLE)
+    assert channels.summary() == "25 of 31 channels are prunable; 6 stay: read before its BatchNorm by 'peek'"
+    assert channels.summary("select") == "31 of 31 channels are removable one by one"

@@ -105,6 +105,25 @@ class Shuffling(nn.Module):
         return self.head(x.unsqueeze(0).squeeze(0)[:, :, :].reshape(x.size(0), -1))
 
 
+class Resized(nn.Module):
+    """Resizing, padding, shuffling, limits and sums over places; a shortcut that pads channels with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = block(3, 6), block(6, 6), block(6, 10, stride=2)
+        self.norm, self.slope, self.shuffle = nn.BatchNorm2d(10), nn.PReLU(), nn.ChannelShuffle(2)
+        self.pads = nn.Sequential(nn.ZeroPad2d(1), nn.ReflectionPad2d(2), nn.ReplicationPad2d((1, 0, 1, 0)))
+        self.up, self.tail, self.head = nn.Upsample(scale_factor=2), block(10, 8), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.slope(self.stem(x))
+        x = x + F.interpolate(self.left(F.max_pool2d(x, 2)), x.shape[-2:], mode="bilinear", align_corners=False)
+        x = self.right(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        x = F.hardtanh(self.pads(self.norm(x)), -3, 3)
+        x = self.shuffle(self.tail(self.up(F.pad(x, (1, 1, 0, 0), mode="circular"))).clamp(0, 6))
+        return self.head(F.interpolate(x, size=5, mode="bicubic").sum((2, 3)))
+
+
 def zoo(name: str, **options: object) -> Callable[[], nn.Module]:
     return lambda: models.get_model(name, weights=None, num_classes=10, **options)
 
@@ -122,6 +141,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "gated": Gated,
     "shuffling": Shuffling,
+    "resized": Resized,
     "vgg": small_vgg,
     "resnet18": zoo("resnet18"),
     "googlenet": zoo("googlenet", aux_logits=False, init_weights=False),

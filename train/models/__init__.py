@@ -1,4 +1,4 @@
-"""Networks by name: the CIFAR networks of the slimming literature, and any torchvision classifier."""
+"""Networks by name: those of the slimming literature for CIFAR, any torchvision classifier, and a user's own."""
 
 import difflib
 import math
@@ -14,23 +14,34 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from netslim.train.models.densenet import DenseNet
+from netslim.train.models.own import build_own, is_own
 from netslim.train.models.preresnet import PreResNet
 from netslim.train.models.vgg import LAYERS, VGG
 
-__all__ = ["VGG", "DenseNet", "ModelConfig", "PreResNet", "build_model", "model_names"]
+__all__ = [
+    "VGG",
+    "DenseNet",
+    "ModelConfig",
+    "PreResNet",
+    "build_model",
+    "build_network",
+    "check_model",
+    "is_own",
+    "model_names",
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ModelConfig:
     name: str = "vgg19"
-    """vgg11|13|16|19, preresnet20|56|110|164, densenet40, or the name of any torchvision classifier."""
+    """vgg11|13|16|19, preresnet20|56|110|164, densenet40, any torchvision classifier, or your own: module:function."""
     width: Annotated[float, Field(gt=0, le=16)] = 1.0
-    """Factor on the number of channels of every layer (not for torchvision's networks)."""
+    """Factor on the number of channels of every layer (not for torchvision's networks or your own)."""
     initial_gamma: Annotated[float, Field(gt=0)] | None = 0.5
     """Scale that every BatchNorm starts from (Liu et al. 2017 use 0.5); None leaves the network's own."""
 
 
-_OWN: dict[str, Callable[..., nn.Module]] = {
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{f"vgg{depth}": partial(VGG, depth) for depth in LAYERS},
     **{f"preresnet{depth}": partial(PreResNet, depth) for depth in (20, 56, 110, 164)},
     "densenet40": partial(DenseNet, 40),
@@ -39,23 +50,22 @@ _OWN: dict[str, Callable[..., nn.Module]] = {
 
 def model_names() -> list[str]:
     """Every name that ``build_model`` knows; where torchvision has the same name, the CIFAR form is meant."""
-    return sorted({*_OWN, *torchvision.models.list_models(module=torchvision.models)})
+    return sorted({*_NETWORKS, *torchvision.models.list_models(module=torchvision.models)})
 
 
 def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     """Build a newly initialised network, the same on every rank: its weights are a function of the seed alone.
 
-    Raises ValueError for an unknown name (naming the nearest), and for a width that the network does not have.
+    Raises ValueError for an unknown name (naming the nearest), for a width that the network does not have, and for
+    whatever goes wrong in a user's own function.
     """
-    check_model(config)
-    own = _OWN.get(config.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if own is not None:
-            model = own(num_classes=num_classes, width=config.width)
-            _initialise(model)
+        if is_own(config.name):
+            _check_width(config.name, config.width)
+            model = build_own(config.name, num_classes)
         else:
-            model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes)
+            model = build_network(config.name, num_classes, config.width)
     if config.initial_gamma is not None:
         for module in model.modules():
             if isinstance(module, _BatchNorm) and module.affine:
@@ -63,14 +73,38 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
     return model
 
 
+def build_network(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
+    """Build one of ``model_names()`` with random weights; raises ValueError for a name or width it does not have."""
+    _check_network(name, width)
+    make = _NETWORKS.get(name)
+    if make is None:
+        network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        return network
+    model = make(num_classes=num_classes, width=width)
+    _initialise(model)
+    return model
+
+
 def check_model(config: ModelConfig) -> None:
-    """Raise ValueError where ``build_model`` would, without building anything."""
+    """Raise ValueError where ``build_model`` would; only a user's own function is called for it."""
+    if is_own(config.name):
+        build_model(config, num_classes=10, seed=0)
+    else:
+        _check_network(config.name, config.width)
+
+
+def _check_network(name: str, width: float) -> None:
     names = model_names()
-    if config.name not in names:
-        nearest = difflib.get_close_matches(config.name, names, n=3, cutoff=0.3)
-        raise ValueError(f"no model is called {config.name!r}; the nearest are {', '.join(nearest) or ', '.join(_OWN)}")
-    if config.name not in _OWN and config.width != 1.0:
-        raise ValueError(f"model.width {config.width} is only for {', '.join(_OWN)}; {config.name} needs model.width 1")
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+        raise ValueError(f"no model is called {name!r}; the nearest are {', '.join(nearest) or ', '.join(_NETWORKS)}")
+    if name not in _NETWORKS:
+        _check_width(name, width)
+
+
+def _check_width(name: str, width: float) -> None:
+    if width != 1.0:
+        raise ValueError(f"model.width {width} is only for {', '.join(_NETWORKS)}; {name} needs model.width 1")
 
 
 def _initialise(model: nn.Module) -> None:
