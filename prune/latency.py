@@ -49,9 +49,10 @@ def _call(model: nn.Module, images: Tensor) -> float:
 
 def _call_on_gpu(model: nn.Module, images: Tensor) -> float:
     """Between two events: a call returns before the GPU has done its work."""
-    start, end = torch.Event(images.device, enable_timing=True), torch.Event(images.device, enable_timing=True)
-    start.record()
-    model(images)
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
+    with torch.cuda.device(images.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        model(images)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
