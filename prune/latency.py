@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-_WARM_UP, _RUNS = 2, 5  # at least, however slow the network
+_WARM_UP, _RUNS = 1, 3  # at least, however slow the network
 
 
 def latency(
