@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-_WARM_UP, _RUNS = 2, 5  # at least, however slow the network
+_WARM_UP, _RUNS = 1, 3  # at least, however slow the network
 
 
 def latency(
@@ -49,9 +49,10 @@ def _call(model: nn.Module, images: Tensor) -> float:
 
 def _call_on_gpu(model: nn.Module, images: Tensor) -> float:
     """Between two events: a call returns before the GPU has done its work."""
-    start, end = torch.Event(images.device, enable_timing=True), torch.Event(images.device, enable_timing=True)
-    start.record()
-    model(images)
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
+    with torch.cuda.device(images.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        model(images)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))

@@ -61,19 +61,28 @@ def small() -> nn.Module:
     return slimmed(chain(8, 6))
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_onnx_and_pt2_of_a_slim_network_agree_with_torch_at_any_batch_size(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    # an export of many layers takes seconds; the slow test has every network in both formats
+    [
+        ("vgg19", ("onnx", "pt2")),
+        ("resnet50", ("onnx",)),
+        ("densenet40", ("onnx",)),
+        ("mobilenet_v3_small", ("onnx", "pt2")),
+    ],
+)
+def test_files_of_a_slim_network_agree_with_torch_at_any_batch_size(name, formats, tmp_path):
     torch.manual_seed(0)
     build, coupling = NETS[name]
     small = slimmed(build(), coupling)
-    for format in ("pt2", "onnx"):
+    for format in formats:
         path = tmp_path / f"model.{format}"
         assert export(small, EXAMPLE, path, format) <= 1e-4
         for size in (1, 2, 5):
             images = torch.randn(size, 3, 32, 32)
             with torch.no_grad():
                 assert relative(run_file(path, images), small(images)) <= 1e-4
-    assert {file.name for file in tmp_path.iterdir()} == {"model.pt2", "model.onnx"}
+    assert {file.name for file in tmp_path.iterdir()} == {f"model.{format}" for format in formats}
 
 
 class PreActivated(nn.Module):
@@ -324,7 +333,7 @@ def test_latency_is_the_median_per_batch_size_in_eval_mode_after_a_warm_up():
     assert list(times) == [1, 4]
     assert 2 <= times[1] < times[4]
     assert times[4] >= 8
-    assert Sleeping.seen == [(1, False, True)] * 7 + [(4, False, True)] * 7
+    assert Sleeping.seen == [(1, False, True)] * 4 + [(4, False, True)] * 4
     assert model.training
 
 
