@@ -21,7 +21,7 @@ from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
-from netslim.prune import Origin, Plan, cost, cut, load_plan, map_channels, plan_network, prove
+from netslim.prune import Origin, Plan, cost, cut, load_plan, map_channels, open_gammas, plan_network, prove
 from netslim.train import FitConfig, ModelConfig, Record, Runtime, build_model, evaluate, fit
 from netslim.train.models import build_network, is_own
 
@@ -86,10 +86,11 @@ def sparsify(job: Job) -> None:
     if job.is_done(directory):
         return
     model = job.build()
-    coupling = job.config.prune.coupling
-    channels = map_channels(model, blank_image(job), coupling)
-    row, gammas = {"stage": "sparse", "ratio": 0.0}, channels.gammas(model, coupling)
-    train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas, says=channels.summary(coupling))
+    rules = job.config.prune.rules
+    channels = map_channels(model, blank_image(job), rules.coupling)
+    gammas, says = open_gammas(model, channels, rules), channels.summary(rules.coupling)
+    row = {"stage": "sparse", "ratio": 0.0}
+    train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas, says=says)
 
 
 def prune(job: Job, ratio: float) -> None:

@@ -11,7 +11,7 @@ from netslim.prune.latency import latency
 from netslim.prune.origin import Origin
 from netslim.prune.plan import Plan
 from netslim.prune.rules import Rules
-from netslim.prune.slimming import plan_network, slim
+from netslim.prune.slimming import open_gammas, plan_network, slim
 from netslim.prune.surgery import cut, largest_difference, masked, prove
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "make_plan",
     "map_channels",
     "masked",
+    "open_gammas",
     "plan_network",
     "prove",
     "save",

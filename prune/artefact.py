@@ -103,9 +103,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            about: dict[str, Any] = json.loads(metadata.get("netslim", "{}"))
+            about = json.loads(metadata.get("netslim", "{}"))
+            if not isinstance(about, dict):
+                raise ValueError("its metadata are not what was written")
             return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         what = str(error).partition("\n")[0]
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {what}") from None
 

@@ -13,6 +13,7 @@ from netslim.prune.plan import Plan
 from netslim.prune.rules import Rules
 from netslim.prune.scores import score_channels
 from netslim.prune.surgery import cut, prove
+from netslim.prune.units import units_of
 
 
 def slim(model: nn.Module, example: Tensor, *, ratio: float, **rules: Any) -> tuple[nn.Module, Plan]:
@@ -39,6 +40,14 @@ def plan_network(model: nn.Module, channels: ChannelMap, example: Tensor, ratio:
     """
     scores = score_channels(model, channels, rules)
     return choose(scores, channels, ratio, rules, _share_gone(model, example, rules))
+
+
+def open_gammas(model: nn.Module, channels: ChannelMap, rules: Rules) -> list[nn.Parameter]:
+    """List the gammas that sparsity training should pull to zero: of BatchNorms that may lose one under the rules."""
+    gammas = channels.named_gammas(model, rules.coupling)
+    units = units_of(gammas, channels, rules)
+    names = {channels.layers[layer].name for layer in set(units.layers[units.owners >= 0].tolist())}
+    return [gamma for name, gamma in gammas.items() if name in names]
 
 
 def _share_gone(model: nn.Module, example: Tensor, rules: Rules) -> ShareGone | None:

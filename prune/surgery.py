@@ -96,14 +96,27 @@ def tensors(outputs: Any) -> list[Tensor]:
 
 
 def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> float:
-    """Return `largest_difference`, or raise RuntimeError where it exceeds the tolerance: then the cut is wrong."""
+    """Return `largest_difference`, or raise RuntimeError where it exceeds the tolerance: then the cut is wrong.
+
+    Raises: ValueError where the network's own outputs are NaN or infinite, so that there is nothing to compare with.
+    """
     difference = largest_difference(model, small, plan, example)
+    if math.isinf(difference) and not _is_finite(masked(model, plan), example):
+        raise ValueError(
+            "the network's outputs are NaN or infinite, so no cut can be proved: its weights are damaged, or training "
+            "diverged; train again with a lower learning rate"
+        )
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"the cut network differs from the masked one by {difference:.2g}, more than {TOLERANCE:g}: "
             "the network does something that its channel map does not show; please report it with the network"
         )
     return difference
+
+
+@torch.no_grad()
+def _is_finite(twin: nn.Module, example: Tensor) -> bool:
+    return all(bool(torch.isfinite(output).all()) for output in _outputs(twin, example, _widest(example.device)))
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_prune_nets import EXAMPLE, Residual, chain, scramble
 from torch import nn
 
@@ -88,6 +89,14 @@ def test_a_pickle_given_as_weights_is_refused_and_never_executed(saved, monkeypa
     with pytest.raises(ValueError, match="is not a safetensors file"):
         load(path.parent, build)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("metadata", ["[1]", "5", "x", "[" * 100_000])
+def test_metadata_that_were_not_written_so_are_refused(metadata, saved):
+    path = saved[0] / "weights.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"netslim": metadata})
+    with pytest.raises(ValueError, match=r"weights.safetensors is not a safetensors file, or is damaged"):
+        load(path.parent, build)
 
 
 def test_weights_of_another_architecture_are_refused_naming_the_keys(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from test_prune_nets import EXAMPLE, Residual, block, chain, scramble
 from torch import nn
 
-from netslim.prune import Rules, cost, cut, map_channels, plan_network, slim
+from netslim.prune import Rules, cost, cut, map_channels, open_gammas, plan_network, slim
 from netslim.prune.scores import reading_norms
 
 
@@ -112,6 +112,13 @@ def test_a_whole_block_a_pattern_and_a_type_can_be_excluded():
         plan = planned(model, 0.4, exclude=exclude)
         assert {layer.name for layer in plan.layers if len(layer.kept) == layer.width} == whole, exclude
         assert plan.num_channels == sum(plan.widths[name] for name in set(plan.widths) - whole)
+
+
+def test_gammas_of_excluded_layers_are_not_pulled_to_zero():
+    model = scramble(chain(8, 8, 8))
+    channels = map_channels(model, EXAMPLE)
+    found = open_gammas(model, channels, Rules(exclude=("2",)))
+    assert {id(gamma) for gamma in found} == {id(model.get_submodule(name).weight) for name in ("0.1", "3.1", "7")}
 
 
 def test_an_excluded_layer_that_is_not_there_is_named():

@@ -8,7 +8,7 @@ import torch
 from test_prune_nets import EXAMPLE, Residual, chain, scramble
 from torch import nn
 
-from netslim.prune import cut, largest_difference, make_plan, map_channels, masked, slim
+from netslim.prune import cut, largest_difference, make_plan, map_channels, masked, prove, slim
 from netslim.prune import slimming as slimming_module
 
 
@@ -141,6 +141,8 @@ def test_infinite_logits_prove_nothing():
         model[-1].bias[0] = torch.inf
     plan = plan_for(model)
     assert largest_difference(model, cut(model, plan), plan, EXAMPLE) == torch.inf
+    with pytest.raises(ValueError, match="the network's outputs are NaN or infinite"):
+        prove(model, cut(model, plan), plan, EXAMPLE)
 
 
 def test_slim_returns_nothing_where_the_proof_fails(monkeypatch):
