@@ -46,8 +46,8 @@ class Images:
         micro_batches = zip(images.split(BATCH // parts), labels.split(BATCH // parts), strict=True)
         self.batches = list(micro_batches)[run.rank :: run.world_size]
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self.batches)
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches[first_batch:])
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -1,9 +1,8 @@
 """The only training loop: sparsity training and fine-tuning are the same function with and without a penalty."""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from netslim.train.evaluate import evaluate
 from netslim.train.optim import FitConfig, learning_rate, make_optimizer, travel
+from netslim.train.progress import Progress, Saver
 from netslim.train.record import Record
 from netslim.train.runtime import Runtime
 from netslim.train.sparsity import GammaPenalty, SparsityConfig, describe_pull, gamma_summary
@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 class TrainBatches(Protocol):
     """This rank's training images: ``len`` micro-batches an epoch, in an order that is a function of the epoch."""
 
-    def epoch(self, epoch: int) -> Iterator[Batch]: ...
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]: ...
     def __len__(self) -> int: ...
 
 
@@ -42,78 +42,144 @@ def fit(
     record: Record,
     gammas: Sequence[nn.Parameter] = (),
     sparsity: SparsityConfig | None = None,
+    saver: Saver | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place, on all ranks, and return the metrics of the last epoch (the same on every rank).
 
-    With ``sparsity`` the given ``gammas`` (parameters of ``model``) are penalised. Afterwards the model is unwrapped,
-    its BatchNorm statistics reconciled, weights and buffers bitwise equal on all ranks.
-    Raises FloatingPointError naming the epoch where the loss is not finite.
+    With ``sparsity`` the given ``gammas`` (parameters of ``model``) are penalised. With a ``saver`` training goes on
+    from its newest checkpoint, and leaves new ones. Afterwards the model is unwrapped, its BatchNorm statistics
+    reconciled, weights and buffers bitwise equal on all ranks.
+    Raises FloatingPointError naming step and rank where a loss or gradient is not finite; the weights are then those
+    of the step before. Raises Preempted, after a checkpoint, where a signal asks to stop.
     """
-    model.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps_per_epoch = len(train) // run.config.accumulation
-    optimizer = make_optimizer(model, config)
-    if sparsity is not None:
-        GammaPenalty(gammas, sparsity.weight, sparsity.method).attach(optimizer)
-        line, is_warning = describe_pull(gammas, sparsity.weight, travel(config, steps_per_epoch))
-        record.say(line, warning=is_warning)
-    wrapped, stepper = run.prepare(Supervised(model, config.label_smoothing), optimizer)
-    forward = torch.compile(wrapped) if run.config.compile else wrapped
+    training = Training(model, train, config, run, record, gammas, sparsity)
+    saver = saver or Saver(None, run)
+    progress = saver.resume(training) or Progress()
+    while progress.epoch < config.epochs:
+        training.train_epoch(progress, saver)
+        training.finish_epoch(progress, evaluate_on=test)
+        saver.after_epoch(training, progress)
+    training.bring_back()
+    run.release()
+    run.check_equal(model, f"after {record.stage}")
+    return progress.metrics[-1]
 
-    def train_epoch(epoch: int) -> Tensor:
-        """One pass; returns this rank's sums: loss x images, correct images, images."""
-        model.train()
+
+class Training:
+    """What stays the same over all epochs of one `fit`: the model, its engine, its penalty."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: TrainBatches,
+        config: FitConfig,
+        run: Runtime,
+        record: Record,
+        gammas: Sequence[nn.Parameter],
+        sparsity: SparsityConfig | None,
+    ) -> None:
+        run.reseed()  # so that a stage does not depend on whether those before it ran in the same process
+        model.to(run.device, memory_format=run.memory_format)  # type: ignore[call-overload]
+        self.model, self.train, self.config, self.run, self.record = model, train, config, run, record
+        self.gammas = list(gammas) if sparsity is not None else []
+        self.steps_per_epoch = len(train) // run.config.accumulation
+        self.trained = run.trainee(model)
+        self.optimizer = make_optimizer(self.trained, config)
+        supervised = Supervised(self.trained, config.label_smoothing)
+        self.wrapped, self.stepper = run.prepare(supervised, self.optimizer, config.clip)
+        self.masters = run.masters(self.trained, self.wrapped, self.optimizer)
+        if sparsity is not None:
+            penalty = GammaPenalty(gammas, sparsity.weight, sparsity.method)
+            penalty.attach(self.optimizer, self.masters.fragments_of(_names_of(gammas, model)))
+            line, is_warning = describe_pull(gammas, sparsity.weight, travel(config, self.steps_per_epoch))
+            record.say(line, warning=is_warning)
+        self.forward = torch.compile(self.wrapped) if run.config.compile else self.wrapped
+
+    def train_epoch(self, progress: Progress, saver: Saver) -> None:
+        """Take the steps of the epoch that are left."""
+        run, parts, epoch = self.run, self.run.config.accumulation, progress.epoch
+        self.trained.train()
         if run.config.batch_norm == "frozen":
-            _freeze_statistics(model)
-        sums = torch.zeros(3, dtype=torch.float64, device=run.device)
-        batches = record.progress(train.epoch(epoch), len(train), f"epoch {epoch + 1}/{config.epochs}")
-        for index, (images, labels) in enumerate(batches):
-            step = epoch * steps_per_epoch + index // run.config.accumulation
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps_per_epoch=steps_per_epoch, config=config)
-            with run.accumulate(wrapped) as is_boundary:
-                loss, logits = forward(images, labels)
-                run.backward(loss)
-                if is_boundary and config.clip is not None:
-                    run.clip_gradients(wrapped, config.clip)
-                stepper.step()  # does nothing, like zero_grad, before the boundary
-                stepper.zero_grad()
-            # kept on the device: to read a number here would make every step wait for the GPU
-            sums[0] += loss.detach() * len(labels)
-            sums[1] += (logits.detach().argmax(1) == labels).sum()
-            sums[2] += len(labels)
-        return sums
+            _freeze_statistics(self.trained)
+        first = progress.step * parts
+        batches = self.train.epoch(epoch, first) if first else self.train.epoch(epoch)
+        shown = self.record.progress(batches, len(self.train) - first, f"epoch {epoch + 1}/{self.config.epochs}")
+        sums = progress.start_sums(run.device)
+        for index, batch in enumerate(shown, first):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(progress)
+            with run.accumulate(self.wrapped) as is_boundary:
+                loss = self.forward_backward(batch, sums)
+                if is_boundary and self.config.clip is not None:
+                    run.clip_gradients(self.wrapped, self.config.clip)
+                if is_boundary:
+                    self.check_finite(loss, progress)
+                self.stepper.step()  # does nothing, like zero_grad, before the boundary
+                self.stepper.zero_grad()
+            if (index + 1) % parts == 0:
+                progress.step += 1
+                saver.after_step(self, progress)
 
-    metrics: dict[str, Any] = {}
-    best = 0.0
-    for epoch in range(config.epochs):
-        started = time.perf_counter()
-        loss_sum, correct, count = run.sum_over_ranks(train_epoch(epoch)).tolist()
-        train_seconds = time.perf_counter() - started
-        if not math.isfinite(loss_sum):
+    def forward_backward(self, batch: Batch, sums: Tensor) -> Tensor:
+        images, labels = batch
+        loss, logits = self.forward(images, labels)
+        self.run.backward(loss)
+        # kept on the device: to read a number here would make every step wait for the GPU
+        sums[0] += loss.detach() * len(labels)
+        sums[1] += (logits.detach().argmax(1) == labels).sum()
+        sums[2] += len(labels)
+        return cast(Tensor, loss.detach())
+
+    def check_finite(self, loss: Tensor, progress: Progress) -> None:
+        """Refuse a step whose gradient is not finite: every rank sees it, because gradients were added over ranks."""
+        if not self.run.gradients_are_finite(self.wrapped):
+            step, rank = self.step_number(progress) + 1, self.run.first_rank_with(~torch.isfinite(loss))
+            what = "the gradient is" if rank is None else f"the loss of rank {rank} is"
             raise FloatingPointError(
-                f"{record.stage}: the training loss of epoch {epoch + 1} is {loss_sum}; use a lower learning rate "
-                f"(now {config.lr:g}), a warm-up, or clipping"
+                f"{self.record.stage}: {what} not finite at step {step} (epoch {progress.epoch + 1}); no rank applied "
+                f"the step. Use a lower learning rate (now {self.config.lr:g}), a warm-up, or clipping"
             )
-        run.reconcile_statistics(model)
-        evaluation = evaluate(model, test, run)
-        best = max(best, evaluation.accuracy)
+
+    def finish_epoch(self, progress: Progress, evaluate_on: TestBatches) -> None:
+        """Add up the ranks' sums, evaluate, and note the epoch's metrics."""
+        run = self.run
+        loss_sum, correct, count = run.sum_over_ranks(progress.start_sums(run.device)).tolist()
+        seconds = progress.seconds_so_far()
+        if not math.isfinite(loss_sum):  # under a loss scaler, which skips such steps itself
+            raise FloatingPointError(
+                f"{self.record.stage}: the training loss of epoch {progress.epoch + 1} is {loss_sum}; use a lower "
+                f"learning rate (now {self.config.lr:g}), a warm-up, or clipping"
+            )
+        run.reconcile_statistics(self.trained)
+        self.bring_back()
+        evaluation = evaluate(self.model, evaluate_on, run)
         metrics = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * steps_per_epoch,
-            "lr": optimizer.param_groups[0]["lr"],
+            "epoch": progress.epoch + 1,
+            "step": self.step_number(progress),
+            "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": loss_sum / count,
             "train_accuracy": correct / count,
             "test_loss": evaluation.loss,
             "accuracy": evaluation.accuracy,
-            "best_accuracy": best,
-            "images_per_second": count / train_seconds,
-            "seconds": time.perf_counter() - started,
-            **(gamma_summary(gammas) if sparsity is not None else {}),
+            "best_accuracy": max([evaluation.accuracy, *(line["accuracy"] for line in progress.metrics)]),
+            "images_per_second": count / seconds,
+            "seconds": progress.seconds_so_far(),
+            **(gamma_summary(self.gammas) if self.gammas else {}),
         }
-        record.epoch(metrics, model)
-    run.release()
-    run.check_equal(model, f"after {record.stage}")
-    return metrics
+        progress.next_epoch(metrics)
+        self.record.epoch(metrics, self.model)
+
+    def bring_back(self) -> None:
+        """Give the model the weights and statistics of the copy that ZeRO trains."""
+        if self.trained is not self.model:
+            self.model.load_state_dict({**self.masters.weights(), **dict(self.trained.named_buffers())}, strict=False)
+
+    def step_number(self, progress: Progress) -> int:
+        """Optimizer steps that were done since the beginning."""
+        return progress.epoch * self.steps_per_epoch + progress.step
+
+    def learning_rate(self, progress: Progress) -> float:
+        return learning_rate(self.step_number(progress), steps_per_epoch=self.steps_per_epoch, config=self.config)
 
 
 class Supervised(nn.Module):
@@ -137,6 +203,11 @@ class Supervised(nn.Module):
         for output in auxiliary:  # weight 0.3: Szegedy et al. 2015, section 5, arXiv 1409.4842
             loss = loss + 0.3 * F.cross_entropy(output, labels, label_smoothing=self.label_smoothing)
         return loss, logits
+
+
+def _names_of(parameters: Sequence[nn.Parameter], model: nn.Module) -> list[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for parameter in parameters if parameter.requires_grad]
 
 
 def _freeze_statistics(model: nn.Module) -> None:

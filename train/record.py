@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO, TypeVar, cast
 
@@ -69,6 +69,13 @@ class Record:
     def progress(self, items: Iterable[T], total: int, what: str) -> Iterable[T]:
         """The items behind a progress bar, where one shows."""
         return tqdm(items, total=total, desc=f"{self.stage} {what}", leave=False, disable=not self._shows_bars)
+
+    def resume(self, metrics: Sequence[dict[str, Any]]) -> None:
+        """Start ``metrics.jsonl`` with the epochs that an earlier process did; lines that it wrote beyond them go."""
+        if self.is_main:
+            self._file = self._path.open("w", encoding="utf-8")
+            self._file.writelines(json.dumps(line) + "\n" for line in metrics)
+            self._file.flush()
 
     def epoch(self, metrics: dict[str, Any], model: nn.Module) -> None:
         """Append one epoch's metrics; W&B also gets a histogram of |gamma| per BatchNorm."""

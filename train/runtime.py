@@ -1,16 +1,20 @@
 """The one door to the processes of a run: nothing else imports Accelerate or torch.distributed."""
 
+import copy
 import hashlib
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Annotated, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
@@ -23,6 +27,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from netslim.train.masters import Fragment, Masters, whole, zero_fragment
+
 T = TypeVar("T")
 
 
@@ -34,10 +40,16 @@ class EngineConfig:
     """Parts that each batch is split into, to need less memory; the optimizer steps once per batch."""
     batch_norm: Literal["local", "frozen"] = "local"
     """local: each rank normalises by its own share of the batch; frozen: by the running statistics."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """Stage of DeepSpeed's ZeRO, which divides optimizer state, gradients and weights among the ranks; 0 is DDP."""
     compile: bool = False
     """Run the training step through torch.compile."""
     timeout_seconds: Annotated[int, Field(ge=10)] = 600
     """How long a rank waits for the others before the job ends."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank died, or did not answer within ``engine.timeout_seconds``."""
 
 
 class Runtime:
@@ -51,23 +63,39 @@ class Runtime:
     def __init__(self, config: EngineConfig, seed: int) -> None:
         check_devices(config, num_local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self.config = config
-        if uses_cpu():
+        self._zero = _zero_plugin(config)
+        if uses_cpu() and self._zero is None:
             # Without it Accelerate finds no GPU and, in silence, makes each process a job of its own.
             os.environ["ACCELERATE_USE_CPU"] = "1"
         self._accelerator = Accelerator(
+            deepspeed_plugin=self._zero,
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation,
             kwargs_handlers=[
                 # Statistics are reconciled when they are used; copying rank 0's at each step only costs time.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds)),
+                # Accelerate knows gloo where DDP needs it, DeepSpeed has to be told.
+                InitProcessGroupKwargs(
+                    backend="gloo" if self._zero is not None and uses_cpu() else "nccl",
+                    timeout=timedelta(seconds=config.timeout_seconds),
+                ),
             ],
         )
-        engines = {DistributedType.NO: "single", DistributedType.MULTI_CPU: "ddp", DistributedType.MULTI_GPU: "ddp"}
+        engines = {
+            DistributedType.NO: "single",
+            DistributedType.MULTI_CPU: "ddp",
+            DistributedType.MULTI_GPU: "ddp",
+            DistributedType.DEEPSPEED: f"zero{self._zero.zero_stage}" if self._zero is not None else "",
+        }
         kind = self._accelerator.distributed_type
         if kind not in engines:
-            raise ValueError(f"the launcher chose the engine {kind.value}; netslim drives DDP: launch with --multi_gpu")
+            raise ValueError(
+                f"the launcher chose the engine {kind.value}; netslim drives DDP and DeepSpeed: "
+                "launch with --multi_gpu or --use_deepspeed"
+            )
         self.engine = engines[kind]
+        self.place = "the start"
+        """What the ranks are doing now, for messages."""
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,21 +103,66 @@ class Runtime:
             raise RuntimeError(f"the launcher started {started} processes, but {self.world_size} joined the group")
         self.is_main: bool = self._accelerator.is_main_process
         self.device: torch.device = self._accelerator.device
-        # Dropout and stochastic depth draw from these; they must differ between ranks and repeat between runs.
-        set_seed(seed, device_specific=True)
+        self._stop = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, lambda *_: self._stop.set())
+        self._seed = seed
+        self.reseed()
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap for training; the module given must be a throwaway, since Accelerate changes its ``forward``."""
+    def reseed(self) -> None:
+        """Set what dropout and stochastic depth draw from: it must differ between ranks, and repeat between runs."""
+        set_seed(self._seed, device_specific=True)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout in which convolutions are fast; ZeRO flattens weights, and takes only those in row-major order."""
+        return torch.channels_last if self._zero is None else torch.contiguous_format
+
+    def trainee(self, model: nn.Module) -> nn.Module:
+        """What the engine may take over of a model: itself, or, for ZeRO, which takes parameters apart, a copy."""
+        return model if self._zero is None else copy.deepcopy(model)
+
+    def prepare(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float | None = None
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Wrap for training; the module given must be a throwaway, since Accelerate changes its ``forward``.
+
+        ``clip`` is the largest norm of the loss's gradient; see ``clip_gradients``.
+        """
+        if self._zero is not None:
+            # Batch sizes are DeepSpeed's book-keeping; what scales the loss is the accumulation alone.
+            self._zero.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": 1,
+                "train_batch_size": self.config.accumulation * self.world_size,
+                "gradient_accumulation_steps": self.config.accumulation,
+                "gradient_clipping": clip or 0.0,
+            }
         # the count of micro-batches starts anew: a stage before this one may have stopped anywhere
         self._accelerator.step = 0
         with warnings.catch_warnings():
             # torch 2.14 has another name for it, which torch 2.10 and Accelerate do not know
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return cast(tuple[nn.Module, torch.optim.Optimizer], self._accelerator.prepare(module, optimizer))
+            wrapped, stepper = self._accelerator.prepare(module, optimizer)
+        if self._zero is not None:
+            wrapped.optimizer.check_grad_overflow = True  # stages 1 and 2 would look at fp16 gradients only
+        return wrapped, stepper
 
     def release(self) -> None:
         """Forget everything prepared, so that no wrapped module outlives a change of shape."""
         self._accelerator.free_memory()
+        self._accelerator.deepspeed_engine_wrapped = None  # else the next engine would not be the one that steps
+
+    def masters(self, trained: nn.Module, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Masters:
+        """The float32 weights and momenta behind a prepared module's trainable parameters."""
+        parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+        if self._zero is None:
+            fragments: dict[str, Fragment | None] = {name: whole(p) for name, p in parameters.items()}
+            return Masters({name: p.shape for name, p in parameters.items()}, fragments, optimizer, self.device, None)
+        zero_optimizer = wrapped.optimizer
+        fragments = {name: zero_fragment(p, zero_optimizer, self.rank) for name, p in parameters.items()}
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
+        return Masters(shapes, fragments, optimizer, self.device, self.sum_over_ranks)
 
     @contextmanager
     def accumulate(self, wrapped: nn.Module) -> Iterator[bool]:
@@ -101,8 +174,67 @@ class Runtime:
         self._accelerator.backward(loss)
 
     def clip_gradients(self, wrapped: nn.Module, max_norm: float) -> None:
-        """Unscale and clip; call where ``accumulate`` yielded True."""
-        self._accelerator.clip_grad_norm_(wrapped.parameters(), max_norm)
+        """Unscale and clip; call where ``accumulate`` yielded True. DeepSpeed does so in its step, by ``prepare``."""
+        if self._zero is None:
+            self._accelerator.clip_grad_norm_(wrapped.parameters(), max_norm)
+
+    def gradients_are_finite(self, wrapped: nn.Module) -> bool:
+        """Whether the step about to be taken (for ZeRO: just refused) has finite gradients; the same on every rank.
+
+        A loss scaler looks for itself: with fp16 an overflow now and then is its way of finding the scale.
+        """
+        if self._zero is not None:
+            return not cast(Any, wrapped).optimizer.overflow
+        if self._accelerator.scaler is not None:
+            return True
+        gradients = [p.grad for p in wrapped.parameters() if p.grad is not None]
+        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+    def first_rank_with(self, flag: Tensor) -> int | None:
+        """The first rank whose flag is set, the same on every rank; None where none is."""
+        found = self._accelerator.gather(flag.reshape(1).to(self.device)).nonzero()
+        return int(found[0]) if len(found) else None
+
+    def agree(self, step: int, *, stop: bool, due: bool) -> tuple[bool, bool]:
+        """Whether any rank asks to stop, and whether rank 0 finds a checkpoint due; the same on every rank.
+
+        On GPUs only at every tenth step: reading the answer waits for all work queued before it.
+        """
+        if self.device.type == "cuda" and step % 10:
+            return False, False
+        asked = torch.tensor([stop, due and self.is_main], dtype=torch.int32, device=self.device)
+        stops, dues = self.sum_over_ranks(asked).tolist()
+        return bool(stops), bool(dues)
+
+    def gather(self, own: T) -> list[T] | None:
+        """What every rank gave, in their order, on rank 0; None on the others."""
+        everyone = cast(list[T], gather_object([own]))
+        return everyone if self.is_main else None
+
+    def scaler_state(self) -> dict[str, Any]:
+        """State of the fp16 loss scaler, as JSON; empty without one."""
+        scaler = self._accelerator.scaler
+        return {} if scaler is None else dict(scaler.state_dict())
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        if state and self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state)
+
+    @torch.no_grad()
+    def load_live_weights(self, trained: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Give the weights that the forward pass reads; the optimizer's own are those of ``masters``."""
+        parameters = dict(trained.named_parameters())
+        with self._gathered(list(parameters.values())):
+            for name, weight in weights.items():
+                parameters[name].copy_(weight)
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """Whole parameters inside, also with ZeRO's stage 3, which then takes over what rank 0 made of them."""
+        if self.engine != "zero3":
+            return nullcontext()
+        import deepspeed  # seconds to import, and not there everywhere
+
+        return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(parameters, modifier_rank=0))
 
     def autocast(self) -> AbstractContextManager[None]:
         return cast(AbstractContextManager[None], self._accelerator.autocast())
@@ -110,6 +242,11 @@ class Runtime:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The elementwise sum over all ranks, the same on each; ``values`` is on ``device``."""
         return cast(Tensor, self._accelerator.reduce(values, reduction="sum"))
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this process was told to stop, by SIGTERM or SIGUSR1."""
+        return self._stop.is_set()
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
@@ -178,9 +315,45 @@ class Runtime:
             cast(Tensor, layer.running_mean).copy_(m)
             cast(Tensor, layer.running_var).copy_(v)
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Turn the loss of another rank, which ends all they do together, into an error that says where it happened."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_the_group(error):
+                raise
+            what = str(error).partition("\n")[0].rpartition("] ")[2]
+            raise LostRankError(f"{self.place}: rank {self.rank} lost contact with the others ({what:.100})") from error
+
     def close(self) -> None:
         """Leave the process group; call last, also after an error that every rank raised."""
         self._accelerator.end_training()
+
+
+def _is_of_the_group(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+
+
+def _zero_plugin(config: EngineConfig) -> DeepSpeedPlugin | None:
+    """DeepSpeed, where the configuration or the launcher asks for it; raises ValueError where it cannot run."""
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if not (asked or config.zero):
+        return None
+    if uses_cpu():
+        if torch.cuda.is_available():
+            raise ValueError(
+                "DeepSpeed takes the GPU where there is one; hide it with CUDA_VISIBLE_DEVICES= to use the CPU"
+            )
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # Accelerate would take it for DDP
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        plugin = DeepSpeedPlugin(zero_stage=config.zero or None)
+    except ImportError as error:
+        raise ValueError(f"engine.zero needs DeepSpeed ({error}); pip install 'netslim[deepspeed]'") from None
+    plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+    return plugin
 
 
 def check_devices(config: EngineConfig, num_local: int) -> None:

@@ -1,5 +1,6 @@
 """The L1 penalty on BatchNorm scales that makes channels removable (Liu et al. 2017, eq. 1, arXiv 1708.06519)."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -8,6 +9,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from netslim.train.masters import Fragment, whole
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -39,7 +42,7 @@ class GammaPenalty:
     ) -> None:
         if isinstance(gammas, nn.Module):
             gammas = [module.weight for module in gammas.modules() if isinstance(module, _BatchNorm) and module.affine]
-        self.gammas: list[Tensor] = [gamma for gamma in gammas if gamma.requires_grad]
+        self.gammas: list[nn.Parameter] = [gamma for gamma in gammas if gamma.requires_grad]
         self.weight = weight
         self.method = method
         if not self.gammas:
@@ -47,11 +50,19 @@ class GammaPenalty:
         if not weight >= 0:
             raise ValueError(f"sparsity.weight is lambda and at least 0, not {weight}")
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
-        """Hook the penalty into ``optimizer.step``; ``detach`` takes it out again."""
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not all(id(gamma) in known for gamma in self.gammas):
-            raise ValueError("the optimizer does not hold all penalised gammas; build it from the same model")
+    def attach(self, optimizer: torch.optim.Optimizer, fragments: Sequence[Fragment] | None = None) -> Self:
+        """Hook the penalty into ``optimizer.step``; ``detach`` takes it out again.
+
+        ``fragments``: what of the gammas this rank's optimizer steps; without them it holds the gammas themselves.
+        """
+        if fragments is None:
+            fragments = [whole(gamma) for gamma in self.gammas]
+            known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if not all(id(gamma) in known for gamma in self.gammas):
+                raise ValueError("the optimizer does not hold all penalised gammas; build it from the same model")
+        self._fragments: dict[int, list[Fragment]] = defaultdict(list)
+        for fragment in fragments:
+            self._fragments[id(fragment.owner)].append(fragment)
         if self.method == "subgradient":
             self._hook = optimizer.register_step_pre_hook(self._add_subgradient)
         else:
@@ -65,12 +76,16 @@ class GammaPenalty:
     def _add_subgradient(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # A fused optimizer unscales inside its step: only then are the gradients still scaled here.
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        gradients = []
-        for gamma in self.gammas:
-            if gamma.grad is None:
-                gamma.grad = torch.zeros_like(gamma)
-            gradients.append(gamma.grad)
-        signs = list(torch._foreach_sign(self.gammas))
+        values, gradients = [], []
+        for group in optimizer.param_groups:
+            for fragment in self._of(group):
+                if fragment.owner.grad is None:
+                    fragment.owner.grad = torch.zeros_like(fragment.owner)
+                values.append(fragment.of(fragment.owner.detach()))
+                gradients.append(fragment.of(fragment.owner.grad))
+        if not values:  # ZeRO steps its partitions one by one, and this one holds no gamma
+            return
+        signs = list(torch._foreach_sign(values))
         if scale is not None:
             torch._foreach_mul_(signs, scale.to(signs[0].device))
         torch._foreach_add_(gradients, signs, alpha=self.weight)
@@ -81,13 +96,16 @@ class GammaPenalty:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
-        penalised = {id(gamma) for gamma in self.gammas}
         for group in optimizer.param_groups:
-            gammas = [parameter for parameter in group["params"] if id(parameter) in penalised]
+            gammas = [fragment.of(fragment.owner.detach()) for fragment in self._of(group)]
             if gammas:
                 # In the long run momentum moves a weight by lr / (1 - momentum) per unit of gradient. The threshold
                 # must be as far, or the balance with the loss would be that of a lambda (1 - momentum) times as large.
                 soft_threshold_(gammas, self.weight * group["lr"] / (1 - group.get("momentum", 0.0)))
+
+    def _of(self, group: dict[str, Any]) -> list[Fragment]:
+        """The pieces of gammas that a parameter group of the optimizer steps now."""
+        return [piece for owner in group["params"] for piece in self._fragments.get(id(owner), ())]
 
 
 def soft_threshold_(values: list[Tensor], threshold: float) -> None:

@@ -1,0 +1,128 @@
+"""Every engine, at any number of ranks, trains to the weights of a plain loop in one process."""
+
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_train_distributed import BATCH, STEPS, Images, Shares, flat, gammas_of, network, new_runtime, relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from netslim.prune import make_plan, map_channels
+from netslim.train import EngineConfig, FitConfig, Record, SparsityConfig, fit
+
+Case = tuple[str, int, float | None]
+LAMBDA, MOMENTUM, LR, DECAY = 1e-2, 0.9, 0.1, 1e-4
+CASES: list[Case] = list(itertools.product(["subgradient", "proximal"], [1, 4], [None, 0.05]))
+"""Method, accumulation, clip."""
+
+
+def name_of(method: str, accumulation: int, clip: float | None) -> str:
+    return f"{method}, accumulation {accumulation}, clip {clip}"
+
+
+def reference(method: str, clip: float | None) -> nn.Module:
+    """The same training, written out; accumulation changes nothing in it."""
+    model, velocity = network(), {}
+    model.eval()  # frozen statistics
+    for images, labels in WholeBatches():
+        model.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        gammas = {id(gamma) for gamma in gammas_of(model)}
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                assert p.grad is not None
+                gradient = p.grad + DECAY * p
+                if id(p) in gammas and method == "subgradient":
+                    gradient = gradient + LAMBDA * p.sign()
+                velocity[name] = MOMENTUM * velocity[name] + gradient if name in velocity else gradient
+                p -= LR * velocity[name]
+                if id(p) in gammas and method == "proximal":
+                    p.copy_(p.sign() * (p.abs() - LAMBDA * LR / (1 - MOMENTUM)).clamp_min(0))
+    return model
+
+
+class WholeBatches:
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(7)
+        images = torch.randn(STEPS * BATCH, 3, 16, 16, generator=generator)
+        labels = torch.randint(0, 10, (STEPS * BATCH,), generator=generator)
+        return zip(images.split(BATCH), labels.split(BATCH), strict=True)
+
+
+def train_all(directory: Path, zero: int, cases: list[Case]) -> dict[str, dict[str, Tensor]]:
+    results = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DeepSpeed's own
+        for method, accumulation, clip in cases:
+            engine = EngineConfig(batch_norm="frozen", accumulation=accumulation, zero=zero)  # type: ignore[arg-type]
+            run = new_runtime(engine)
+            assert run.engine == (f"zero{zero}" if zero else "ddp")
+            model = network()
+            config = FitConfig(epochs=1, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, schedule="constant", clip=clip)
+            with Record("sparse", directory, is_main=run.is_main) as record:
+                fit(
+                    model,
+                    Images(run),
+                    Shares(run, 10),
+                    config,
+                    run=run,
+                    record=record,
+                    gammas=gammas_of(model),
+                    sparsity=SparsityConfig(weight=LAMBDA, method=method),  # type: ignore[arg-type]
+                )
+            results[name_of(method, accumulation, clip)] = model.state_dict()
+    return results
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, nn.Module]:
+    found = {(method, clip): reference(method, clip) for method in ("subgradient", "proximal") for clip in (None, 0.05)}
+    return {name_of(*case): found[case[0], case[2]] for case in CASES}
+
+
+def assert_as_wanted(found: list[dict[str, dict[str, Tensor]]], wanted: dict[str, nn.Module]) -> None:
+    for case in found[0]:
+        model = wanted[case]
+        want = model.state_dict()
+        for rank, results in enumerate(found):
+            have = results[case]
+            assert relative_error(flat(have), flat(want)) <= 1e-6, (case, rank)
+            for name in gamma_names():
+                assert relative_error(have[name], want[name]) <= 1e-6, (case, rank, name)
+        twin = network()
+        twin.load_state_dict(found[0][case])
+        assert removed(twin) == removed(model), case
+
+
+def gamma_names() -> list[str]:
+    return [f"{name}.weight" for name, module in network().named_modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def removed(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    channels = map_channels(model, torch.zeros(1, 3, 16, 16))
+    return make_plan(channels.named_gammas(model), channels, ratio=0.5).kept
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_an_engine_trains_to_the_weights_of_a_plain_loop(
+    zero: int, wanted: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    cases = [("subgradient", 4, 0.05), ("proximal", 1, 0.05), ("proximal", 4, None)]
+    assert_as_wanted(run_ranks(train_all, 2, tmp_path, tmp_path / "run", zero, cases), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_engine_method_accumulation_and_clip_train_to_the_same_weights(
+    world_size: int, zero: int, wanted: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    assert_as_wanted(run_ranks(train_all, world_size, tmp_path, tmp_path / "run", zero, CASES), wanted)

@@ -1,0 +1,156 @@
+"""Training that is taken up again ends as the undisturbed one, bit for bit."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_train_distributed import Images, Shares, gammas_of, network, new_runtime
+from torch import Tensor, nn
+
+from netslim.train import CheckpointConfig, EngineConfig, FitConfig, Record, Saver, SparsityConfig, Store, fit
+
+STEPS, EPOCHS = 4, 2
+CONFIG = FitConfig(epochs=EPOCHS, lr=0.1, schedule="onecycle", clip=1.0)
+ENGINE = EngineConfig()
+EVERY_STEP = CheckpointConfig(steps=1, keep=100)
+
+
+class CrashError(Exception):
+    """What a lost process is to those tests that stay in one."""
+
+
+class Dying(Images):
+    """Images that are out after some batches: the process that reads them ends there."""
+
+    def __init__(self, *arguments: Any, batches: int) -> None:
+        super().__init__(*arguments)
+        self.left = batches
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super().epoch(epoch, first_batch):
+            if not self.left:
+                raise CrashError
+            self.left -= 1
+            yield batch
+
+
+class Dropping(nn.Module):
+    """The small network with dropout, whose draws have to go on where they were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+        self.drop = nn.Dropout2d(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.drop(x))
+
+
+def train(
+    directory: Path,
+    *,
+    die_after: int | None = None,
+    engine: EngineConfig = ENGINE,
+    checkpoint: CheckpointConfig = EVERY_STEP,
+    dropout: bool = True,
+) -> dict[str, Tensor]:
+    run = new_runtime(engine)
+    torch.manual_seed(run.rank)
+    model = Dropping() if dropout else network()
+    images = Images(run, STEPS) if die_after is None else Dying(run, STEPS, batches=die_after)
+    store = Store(directory / "checkpoints", checkpoint.keep)
+    with Record("sparse", directory, is_main=run.is_main) as record:
+        fit(
+            model,
+            images,
+            Shares(run, 10),
+            CONFIG,
+            run=run,
+            record=record,
+            gammas=gammas_of(model),
+            sparsity=SparsityConfig(weight=1e-3),
+            saver=Saver(store, run, checkpoint, {"stage": "sparse"}),
+        )
+    return model.state_dict()
+
+
+def momenta(directory: Path) -> dict[str, Tensor]:
+    found = Store(directory / "checkpoints").newest(print)
+    assert found is not None
+    return dict(found.tensors)
+
+
+def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    """The metrics but for what a clock said."""
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in found]
+
+
+def train_and_crash(directory: Path, engine: EngineConfig) -> dict[int, dict[str, dict[str, Tensor]]]:
+    """The weights and the last checkpoint of a run undisturbed (-1), and of runs that crashed after each batch."""
+    parts = engine.accumulation
+    found = {}
+    for crash in (-1, *range(1, STEPS * EPOCHS * parts)):
+        place = directory / str(crash)
+        if crash >= 0:
+            with pytest.raises(CrashError):
+                train(place, die_after=crash, engine=engine)
+        weights = train(place, engine=engine)
+        found[crash] = {"weights": weights, "checkpoint": momenta(place)}
+    return found
+
+
+def assert_all_as_undisturbed(found: list[dict[int, dict[str, dict[str, Tensor]]]], directory: Path) -> None:
+    for results in found:
+        for crash, result in results.items():
+            assert_equal(result["weights"], results[-1]["weights"])
+            assert_equal(result["checkpoint"], results[-1]["checkpoint"])
+            assert lines(directory / str(crash)) == lines(directory / "-1")
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [ENGINE, pytest.param(EngineConfig(accumulation=2), marks=pytest.mark.slow)],
+    ids=["plain", "accumulation"],
+)
+def test_a_crash_after_any_batch_changes_nothing_on_two_ranks(engine: EngineConfig, tmp_path: Path) -> None:
+    assert_all_as_undisturbed(run_ranks(train_and_crash, 2, tmp_path, tmp_path / "runs", engine), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_crash_under_zero_changes_nothing(zero: int, tmp_path: Path) -> None:
+    engine = EngineConfig(zero=zero)  # type: ignore[arg-type]
+    assert_all_as_undisturbed(run_ranks(train_and_crash, 1, tmp_path, tmp_path / "runs", engine), tmp_path / "runs")
+
+
+def crash(directory: Path, after: int) -> None:
+    with pytest.raises(CrashError):
+        train(directory, die_after=after, engine=EngineConfig(batch_norm="frozen"), dropout=False)
+
+
+def finish(directory: Path) -> dict[str, Tensor]:
+    return train(directory, engine=EngineConfig(batch_norm="frozen"), dropout=False)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_at_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
+    for name in ("crash", "finish", "alone"):
+        (tmp_path / name).mkdir()
+    run_ranks(crash, before, tmp_path / "crash", tmp_path / "run", 5)
+    (have, *_) = run_ranks(finish, after, tmp_path / "finish", tmp_path / "run")
+    (want,) = run_ranks(finish, 1, tmp_path / "alone", tmp_path / "undisturbed")
+    for name in want:
+        torch.testing.assert_close(have[name], want[name], rtol=1e-5, atol=1e-7)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [4, 8]
+    for have_line, want_line in zip(lines(tmp_path / "run"), lines(tmp_path / "undisturbed"), strict=True):
+        assert have_line["train_accuracy"] == want_line["train_accuracy"]

@@ -1,0 +1,225 @@
+"""Where a training run stands, and how it is saved and taken up again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated
+from torch import Tensor
+
+from netslim.train.checkpoint import Snapshot, Store
+from netslim.train.runtime import Runtime
+
+if TYPE_CHECKING:
+    from netslim.train.loop import Training
+
+
+@validated(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class CheckpointConfig:
+    minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    """Save at the end of a step when this long has passed since the last save; None: not by the clock."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Save after every so many optimizer steps."""
+    epochs: Annotated[int, Field(ge=1)] | None = 1
+    """Save after every so many epochs."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints that stay, besides that of the best accuracy."""
+
+
+class Preempted(Exception):  # noqa: N818  # not an error: the run ends in good order, to be taken up again
+    """A signal asked to stop; a checkpoint was written where there is a place for it."""
+
+
+@dataclass
+class Progress:
+    """Position and tallies of a run; `step` counts the optimizer steps of the present epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Of the epochs that are done."""
+    sums: Tensor | None = None
+    """This rank's loss x images, correct images and images of the present epoch so far, (3,) float64."""
+    seconds: float = 0.0
+    """That the present epoch took before this process."""
+    started: float = field(default_factory=time.perf_counter)
+
+    def start_sums(self, device: torch.device) -> Tensor:
+        """The sums to add to: those of a checkpoint, or zeros."""
+        if self.sums is None:
+            self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        return self.sums
+
+    def seconds_so_far(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+    def next_epoch(self, metrics: dict[str, Any]) -> None:
+        self.metrics.append(metrics)
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, None, 0.0
+        self.started = time.perf_counter()
+
+
+class Saver:
+    """Saves a run's progress when it is due, and takes it up again; every rank calls every method.
+
+    What ranks have of their own (BatchNorm statistics between epochs, random numbers, sums) is saved for each. At
+    another number of ranks the statistics are combined, and the sums added, so that only dropout draws differ.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        run: Runtime,
+        config: CheckpointConfig | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.store, self.run, self.config = store, run, config or CheckpointConfig()
+        self.identity = dict(identity or {})
+        self._saved = time.monotonic()
+
+    def after_step(self, training: Training, progress: Progress) -> None:
+        """Save where it is due; stop where a signal asks for it."""
+        minutes, steps = self.config.minutes, self.config.steps
+        due = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        # rank 0's clock decides, or ranks would save at different steps
+        stop, due = self.run.agree(training.step_number(progress), stop=self.run.stop_requested, due=due)
+        if steps is not None and training.step_number(progress) % steps == 0:
+            due = True
+        ends_epoch = progress.step == training.steps_per_epoch
+        if stop or (due and not (ends_epoch and self._saves_after(progress.epoch + 1))):
+            self.save(training, progress)
+        if stop:
+            raise Preempted(f"stopped by a signal after step {training.step_number(progress)}")
+
+    def after_epoch(self, training: Training, progress: Progress) -> None:
+        if self._saves_after(progress.epoch):
+            self.save(training, progress)
+
+    def _saves_after(self, epochs: int) -> bool:
+        return self.config.epochs is not None and epochs % self.config.epochs == 0
+
+    def save(self, training: Training, progress: Progress) -> None:
+        """Write a checkpoint, from all ranks' states; OSError, on every rank, where the disk is full."""
+        if self.store is None:
+            return
+        shared = {f"weights/{name}": tensor for name, tensor in training.masters.weights().items()}
+        shared |= {f"momenta/{name}": tensor for name, tensor in training.masters.momenta().items()}
+        ranks = self.run.gather(_own_state(training, progress))
+
+        def write() -> None:
+            assert self.store is not None
+            assert ranks is not None, "this is rank 0"
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in shared.items()}
+            for rank, own in enumerate(ranks):
+                tensors |= {f"ranks/{rank}/{name}": tensor for name, tensor in own.items()}
+            values = {
+                "identity": self.identity,
+                "epoch": progress.epoch,
+                "step_in_epoch": progress.step,
+                "metrics": progress.metrics,
+                "seconds": progress.seconds_so_far(),
+                "world_size": self.run.world_size,
+                "scaler": self.run.scaler_state(),
+            }
+            self.store.save(Snapshot(training.step_number(progress), tensors, values), _best_step(progress.metrics))
+
+        self.run.on_main(write)
+        self._saved = time.monotonic()
+
+    def resume(self, training: Training) -> Progress | None:
+        """Bring the model, the optimizer and this rank to where the newest checkpoint was; None where there is none."""
+        if self.store is None:
+            return None
+        store, record = self.store, training.record
+
+        def find() -> int | None:
+            store.sweep()
+            found = store.newest(lambda line: record.say(line, warning=True))
+            return None if found is None else found.step
+
+        step = self.run.on_main(find)
+        if step is None:
+            return None
+        snapshot = self.run.on_all(lambda: store.read(step))
+        self._check_identity(snapshot)
+        progress = _restore(training, snapshot)
+        record.resume(progress.metrics)
+        record.say(f"goes on from the checkpoint after step {step}")
+        return progress
+
+    def _check_identity(self, snapshot: Snapshot) -> None:
+        theirs = snapshot.values["identity"]
+        differing = [key for key in {*theirs, *self.identity} if theirs.get(key) != self.identity.get(key)]
+        if differing:
+            raise ValueError(
+                f"{self.store and self.store.directory} is of another run: {', '.join(sorted(differing))} "
+                "differ; use another --run-dir, or delete the directory"
+            )
+
+
+def _own_state(training: Training, progress: Progress) -> dict[str, Tensor]:
+    """What differs between ranks, on the CPU."""
+    own = {f"buffers/{name}": buffer for name, buffer in training.trained.named_buffers()}
+    own["rng/cpu"] = torch.get_rng_state()
+    if training.run.device.type == "cuda":
+        own["rng/cuda"] = torch.cuda.get_rng_state(training.run.device)
+    if progress.sums is not None:
+        own["sums"] = progress.sums
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+
+
+def _restore(training: Training, snapshot: Snapshot) -> Progress:
+    """Set everything to what the snapshot holds; the model too, so that ZeRO's live weights fit its masters."""
+    tensors, values, run = snapshot.tensors, snapshot.values, training.run
+    weights, momenta = (_below(prefix, tensors) for prefix in ("weights/", "momenta/"))
+    training.masters.restore(weights, momenta)
+    run.load_live_weights(training.trained, weights)
+    ranks = [_below(f"ranks/{rank}/", tensors) for rank in range(values["world_size"])]
+    sums: Tensor | None
+    if values["world_size"] == run.world_size:
+        own = ranks[run.rank]
+        buffers, sums = _below("buffers/", own), own.get("sums")
+        torch.set_rng_state(own["rng/cpu"])
+        if "rng/cuda" in own and run.device.type == "cuda":
+            torch.cuda.set_rng_state(own["rng/cuda"], run.device)
+    else:
+        buffers = combined([_below("buffers/", own) for own in ranks])
+        sums = sum(own["sums"] for own in ranks) if "sums" in ranks[0] and run.is_main else None  # type: ignore[assignment]
+    training.trained.load_state_dict(buffers, strict=False)
+    run.load_scaler_state(values["scaler"])
+    return Progress(
+        epoch=values["epoch"],
+        step=values["step_in_epoch"],
+        metrics=values["metrics"],
+        sums=None if sums is None else sums.to(run.device),
+        seconds=values["seconds"],
+    )
+
+
+def combined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The buffers of several ranks as those of one: BatchNorm statistics of all their images, rank 0's others."""
+    found = dict(ranks[0])
+    for name in found:
+        home, _, own = name.rpartition(".")
+        if own == "running_mean":
+            variance = f"{home}.running_var"
+            means = torch.stack([rank[name].double() for rank in ranks])
+            variances = torch.stack([rank[variance].double() for rank in ranks])
+            found[name] = means.mean(0).to(found[name].dtype)
+            spread = (variances + means**2).mean(0) - means.mean(0) ** 2
+            found[variance] = spread.to(found[variance].dtype)
+    return found
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _best_step(metrics: list[dict[str, Any]]) -> int | None:
+    """The step after which accuracy was best; of equal ones the first."""
+    return max(metrics, key=lambda line: (line["accuracy"], -line["step"]))["step"] if metrics else None
