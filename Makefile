@@ -1,5 +1,7 @@
 # make demo   set up everything and run the main job        make test   set up everything and run the tests
 # make check  lint, format, types, import rules             make bench  the benchmarks      make dev  tools for developers
+# make slow   tests of minutes: every network of torchvision, full-size exports, every engine on up to four ranks
+# make soak   tests of hours: a hundred random kills
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +10,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test slow check format bench dev clean
+.PHONY: demo test slow soak check format bench dev clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -19,6 +21,9 @@ test: $(READY)
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
 
 bench: $(READY)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test,bench]'

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ def stage_directory(run_directory: Path, stage: str, ratio: float | None = None)
         return run_directory / "sparse"
     # two decimals sort and align; a ratio that has more keeps them
     return run_directory / f"{stage}-{max(f'{ratio:.2f}', str(ratio), key=len)}"
+
+
+def stage_directories(run_directory: Path, stages: Sequence[str], ratios: Sequence[float]) -> list[Path]:
+    """Where these commands leave their artefacts, in the order in which a run makes them."""
+    first = [stage_directory(run_directory, "sparsify")] if "sparsify" in stages else []
+    later = [stage for stage in stages if stage != "sparsify"]
+    return [*first, *(stage_directory(run_directory, stage, ratio) for ratio in ratios for stage in later)]
 
 
 def is_complete(directory: Path) -> bool:

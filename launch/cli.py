@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from netslim.data import check_batch_size, prepare
-from netslim.launch.artefacts import claim, is_complete, read_json, stage_directory
+from netslim.launch.artefacts import claim, is_complete, read_json, stage_directories
 from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.describe import config_of_run, describe
@@ -74,8 +74,7 @@ def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments:
     check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
     directory = run_directory(preset, config)
     claim(directory, preset, config)
-    wanted = [stage_directory(directory, stage, ratio) for stage in stages for ratio in config.prune.ratio]
-    if not all(is_complete(stage) for stage in wanted):
+    if not all(is_complete(path) for path in stage_directories(directory, stages, config.prune.ratio)):
         prepare(config.data, quiet=False)
         code = start_processes(preset, config, stages, arguments, num_processes)
         if code:
@@ -89,11 +88,24 @@ def start_processes(
     preset: str, config: RunConfig, stages: Sequence[str], arguments: Sequence[str], num_processes: int
 ) -> int:
     """Run the stages here, or in several processes under Accelerate's launcher; returns the exit code."""
-    if num_processes == 1:
+    if num_processes == 1 and not (config.engine.zero or config.max_restarts):
         start(preset, config, stages)
         return 0
     os.environ["NETSLIM_STAGES"] = " ".join(stages)
-    return launch("netslim.launch.recipe", arguments, num_processes=num_processes)
+    directory = run_directory(preset, config)
+
+    def stage() -> str:
+        left = (path.name for path in stage_directories(directory, stages, config.prune.ratio) if not is_complete(path))
+        return next(left, "the end")
+
+    return launch(
+        "netslim.launch.recipe",
+        arguments,
+        num_processes=num_processes,
+        zero=config.engine.zero,
+        max_restarts=config.max_restarts,
+        stage=stage,
+    )
 
 
 def write_data(config: RunConfig) -> int:

@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from netslim.data import DataConfig
 from netslim.prune import Rules
-from netslim.train import EngineConfig, FitConfig, ModelConfig, RecordConfig, SparsityConfig
+from netslim.train import CheckpointConfig, EngineConfig, FitConfig, ModelConfig, RecordConfig, SparsityConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -51,6 +51,8 @@ class RunConfig:
     """Training of the small network."""
     engine: EngineConfig = EngineConfig()
     """How each process computes."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When training is saved, to be taken up again after a crash."""
     record: RecordConfig = RecordConfig()
     """Where metrics go besides the run directory."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -59,6 +61,8 @@ class RunConfig:
     """Compute on the CPU also where there is a GPU."""
     num_processes: Annotated[int, Field(ge=1)] | None = None
     """Processes on this machine; None is one per GPU, or one. Only for `netslim`; `accelerate launch` has its own."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """How often `netslim` starts all processes again, from the last checkpoint, after one of them has died."""
     run_dir: Path | None = None
     """Where the run is kept, on storage that all nodes share; None is runs/PRESET."""
 
@@ -68,7 +72,17 @@ Config = TypeVar("Config")
 
 # Fields that say where and how a run is made, not what comes out: they may differ when a run directory is used again.
 # Ratios may, because each has directories of its own.
-_FREE_FIELDS = ("record", "run_dir", "num_processes", "cpu", "data.cache", "data.num_workers", "prune.ratio")
+_FREE_FIELDS = (
+    "record",
+    "checkpoint",
+    "max_restarts",
+    "run_dir",
+    "num_processes",
+    "cpu",
+    "data.cache",
+    "data.num_workers",
+    "prune.ratio",
+)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -5,7 +5,11 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from netslim.train import LostRankError, Preempted
+
 MISTAKE = 2
+PREEMPTED = 3
+LOST_RANK = 1
 INTERRUPTED = 130
 
 
@@ -19,6 +23,13 @@ def guarded(body: Callable[[], int | None]) -> int:
         return body() or 0
     except KeyboardInterrupt:
         return INTERRUPTED
+    except LostRankError as error:
+        print(f"netslim: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return LOST_RANK
+    except Preempted as reason:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"netslim: {reason}; the same command goes on from there", file=sys.stderr, flush=True)
+        return PREEMPTED
     except (ValueError, FloatingPointError, OSError) as error:
         if not _is_mistake(error):
             raise

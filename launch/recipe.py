@@ -22,7 +22,7 @@ from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
 from netslim.prune import Origin, Plan, cost, cut, load_plan, map_channels, open_gammas, plan_network, prove
-from netslim.train import FitConfig, ModelConfig, Record, Runtime, build_model, evaluate, fit
+from netslim.train import FitConfig, ModelConfig, Record, Runtime, Saver, Store, build_model, evaluate, fit
 from netslim.train.models import build_network, is_own
 
 STAGES = ("sparsify", "prune", "finetune")
@@ -48,6 +48,7 @@ class Job:
 
     def is_done(self, directory: Path) -> bool:
         """Whether a stage is complete; rank 0 looks, so that all ranks agree also where storage lags."""
+        self.run.place = directory.name
         return self.run.on_main(lambda: is_complete(directory))
 
     def read(self, directory: Path, command: str) -> nn.Module:
@@ -166,6 +167,9 @@ def train(
 ) -> None:
     """Fit the model and leave the artefact; with ``gammas`` it is sparsity training. First, the record ``says``."""
     started = time.perf_counter()
+    store = Store(directory / "checkpoints", job.config.checkpoint.keep)
+    identity = {**row, "preset": job.preset, "plan": None if plan is None else plan.digest}
+    saver = Saver(store, job.run, job.config.checkpoint, identity)
     with open_record(job, directory, row) as record:
         if says:
             record.say(says)
@@ -178,6 +182,7 @@ def train(
             record=record,
             gammas=gammas,
             sparsity=job.config.sparsity if gammas else None,
+            saver=saver,
         )
         record.finish(finish(job, model, plan, directory, {**row, **fitted}, started))
 
@@ -234,19 +239,25 @@ def start(preset: str, config: RunConfig, stages: Sequence[str] = STAGES) -> Non
     info = prepare_once_per_node(config)
     run = Runtime(config.engine, config.seed)
     try:
-        directory = run_directory(preset, config)
-        run.on_main(lambda: claim(directory, preset, config))
-        loaders = open_loaders(
-            config.data,
-            info,
-            Shard(run.rank, run.world_size),
-            seed=config.seed,
-            accumulation=config.engine.accumulation,
-            device=run.device,
-        )
-        run_recipe(Job(preset, config, run, loaders, directory), stages)
+        with run.watching():
+            run_recipe(open_job(preset, config, info, run), stages)
     finally:
         run.close()
+
+
+def open_job(preset: str, config: RunConfig, info: DataInfo, run: Runtime) -> Job:
+    """Claim the run's directory and open this rank's share of the images."""
+    directory = run_directory(preset, config)
+    run.on_main(lambda: claim(directory, preset, config))
+    loaders = open_loaders(
+        config.data,
+        info,
+        Shard(run.rank, run.world_size),
+        seed=config.seed,
+        accumulation=config.engine.accumulation,
+        device=run.device,
+    )
+    return Job(preset, config, run, loaders, directory)
 
 
 def prepare_once_per_node(config: RunConfig) -> DataInfo:
