@@ -11,7 +11,7 @@ from netslim.train import build_model
 
 
 def config_of_run(directory: Path) -> RunConfig:
-    """Read the configuration that a run was made with; ValueError or OSError naming the file if it cannot be."""
+    """Read the configuration of a run, or of one of its stages; ValueError or OSError naming the file at fault."""
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no run: it has no config.json")

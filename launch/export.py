@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from netslim.launch.artefacts import METRICS, is_complete, read_json, stage_directory
-from netslim.launch.config import from_dict, read_flags
+from netslim.launch.config import read_flags
+from netslim.launch.describe import config_of_run
 from netslim.launch.report import aligned
 from netslim.prune import Format, Plan, cost, export, folded, latency, load, load_plan, save
 from netslim.train import build_model
@@ -104,8 +105,7 @@ def read_slimmed(stage: Path) -> Slimmed:
         raise ValueError(
             f"{stage} has {lack}; name a run that `netslim run` made, or its prune- or finetune- directory"
         )
-    path = stage / "config.json"
-    config = from_dict(read_json(path), str(path))
+    config = config_of_run(stage)
     build = partial(build_model, config.model, plan.origin.num_classes, config.seed)
     sparse = stage_directory(stage.absolute().parent, "sparsify")
     size = config.data.size

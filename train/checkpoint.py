@@ -95,11 +95,6 @@ class Store:
         """Read the checkpoint after this step; ValueError where it does not verify."""
         return read(self._path(step))
 
-    def clear(self) -> None:
-        """Delete all checkpoints: the stage is complete."""
-        if self.directory.is_dir():
-            _discard(self.directory)
-
     def sweep(self) -> None:
         """Delete what interrupted writes left behind."""
         for path in self.directory.glob(".*"):

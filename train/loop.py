@@ -102,7 +102,7 @@ class Training:
         if run.config.batch_norm == "frozen":
             _freeze_statistics(self.trained)
         first = progress.step * parts
-        batches = self.train.epoch(epoch, first) if first else self.train.epoch(epoch)
+        batches = self.train.epoch(epoch, first)
         shown = self.record.progress(batches, len(self.train) - first, f"epoch {epoch + 1}/{self.config.epochs}")
         sums = progress.start_sums(run.device)
         for index, batch in enumerate(shown, first):

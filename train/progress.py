@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from netslim.train.checkpoint import Snapshot, Store
-from netslim.train.runtime import Runtime
+from netslim.train.runtime import Runtime, moments, of_moments
 
 if TYPE_CHECKING:
     from netslim.train.loop import Training
@@ -208,11 +208,9 @@ def combined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         home, _, own = name.rpartition(".")
         if own == "running_mean":
             variance = f"{home}.running_var"
-            means = torch.stack([rank[name].double() for rank in ranks])
-            variances = torch.stack([rank[variance].double() for rank in ranks])
-            found[name] = means.mean(0).to(found[name].dtype)
-            spread = (variances + means**2).mean(0) - means.mean(0) ** 2
-            found[variance] = spread.to(found[variance].dtype)
+            each = [moments(rank[name].double(), rank[variance].double()) for rank in ranks]
+            for key, value in zip((name, variance), of_moments(torch.stack(each).mean(0)), strict=True):
+                found[key] = value.to(found[key].dtype)
     return found
 
 

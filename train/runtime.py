@@ -308,8 +308,7 @@ class Runtime:
             return
         means = torch.cat([cast(Tensor, layer.running_mean).double() for layer in layers])
         variances = torch.cat([cast(Tensor, layer.running_var).double() for layer in layers])
-        sums = self.sum_over_ranks(torch.stack([means, variances + means**2])) / self.world_size
-        mean, variance = sums[0], sums[1] - sums[0] ** 2
+        mean, variance = of_moments(self.sum_over_ranks(moments(means, variances)) / self.world_size)
         sizes = [layer.num_features for layer in layers]
         for layer, m, v in zip(layers, torch.split(mean, sizes), torch.split(variance, sizes), strict=True):
             cast(Tensor, layer.running_mean).copy_(m)
@@ -329,6 +328,16 @@ class Runtime:
     def close(self) -> None:
         """Leave the process group; call last, also after an error that every rank raised."""
         self._accelerator.end_training()
+
+
+def moments(mean: Tensor, variance: Tensor) -> Tensor:
+    """First and second moments, (2, ...): those of several equal shares of images are averaged, variances are not."""
+    return torch.stack([mean, variance + mean**2])
+
+
+def of_moments(averaged: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of what `moments`, (2, ...), were averaged over."""
+    return averaged[0], averaged[1] - averaged[0] ** 2
 
 
 def _is_of_the_group(error: RuntimeError) -> bool:
