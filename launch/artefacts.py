@@ -12,6 +12,8 @@ from netslim.launch.config import RunConfig, differences, to_dict
 from netslim.prune import Plan, load, save
 
 METRICS = "metrics.json"
+PREEMPTED_MARK = "preempted"
+"""In a run's directory: a signal stopped it after a checkpoint. Exit codes do not pass through every launcher."""
 
 
 def stage_directory(run_directory: Path, stage: str, ratio: float | None = None) -> Path:
@@ -94,4 +96,5 @@ def claim(directory: Path, preset: str, config: RunConfig) -> None:
                 "Use the same values, another --run-dir, or delete the directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / PREEMPTED_MARK).unlink(missing_ok=True)
     write_json(path, values)

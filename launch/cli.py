@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from netslim.data import check_batch_size, prepare
-from netslim.launch.artefacts import claim, is_complete, read_json, stage_directories
+from netslim.launch.artefacts import PREEMPTED_MARK, claim, is_complete, read_json, stage_directories
 from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.describe import config_of_run, describe
@@ -103,8 +103,10 @@ def start_processes(
         arguments,
         num_processes=num_processes,
         zero=config.engine.zero,
+        precision=config.engine.precision,
         max_restarts=config.max_restarts,
         stage=stage,
+        was_preempted=(directory / PREEMPTED_MARK).is_file,
     )
 
 

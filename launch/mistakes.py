@@ -25,7 +25,8 @@ def guarded(body: Callable[[], int | None]) -> int:
         return INTERRUPTED
     except LostRankError as error:
         print(f"netslim: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        return LOST_RANK
+        sys.stdout.flush()
+        os._exit(LOST_RANK)  # at once: what is tidied up at the end takes seconds, and may wait for the lost rank
     except Preempted as reason:
         if os.environ.get("RANK", "0") == "0":
             print(f"netslim: {reason}; the same command goes on from there", file=sys.stderr, flush=True)

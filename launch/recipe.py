@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from netslim.data import DataInfo, Loaders, Shard, open_loaders, prepare
-from netslim.launch.artefacts import claim, is_complete, read_stage, stage_directory, write_stage
+from netslim.launch.artefacts import PREEMPTED_MARK, claim, is_complete, read_stage, stage_directory, write_stage
 from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
 from netslim.prune import Origin, Plan, cost, cut, load_plan, map_channels, open_gammas, plan_network, prove
-from netslim.train import FitConfig, ModelConfig, Record, Runtime, Saver, Store, build_model, evaluate, fit
+from netslim.train import FitConfig, ModelConfig, Preempted, Record, Runtime, Saver, Store, build_model, evaluate, fit
 from netslim.train.models import build_network, is_own
 
 STAGES = ("sparsify", "prune", "finetune")
@@ -112,6 +112,7 @@ def prune(job: Job, ratio: float) -> None:
     text, difference = run.on_main(decide)
     plan = Plan.from_json(text)
     small = cut(sparse, plan)
+    run.check_same(plan.digest, f"at ratio {ratio}: the kept channels")
     run.check_equal(small, f"after the cut at ratio {ratio}")
     evaluation = evaluate(small, job.loaders.test, run)
     metrics = {
@@ -241,6 +242,10 @@ def start(preset: str, config: RunConfig, stages: Sequence[str] = STAGES) -> Non
     try:
         with run.watching():
             run_recipe(open_job(preset, config, info, run), stages)
+    except Preempted:
+        if run.is_main:
+            (run_directory(preset, config) / PREEMPTED_MARK).touch()
+        raise
     finally:
         run.close()
 

@@ -6,14 +6,27 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from faulty import MOMENT, Fault
 from test_end_to_end import SCRIPT, SHORT, alive_in_session, call
 
+TIMEOUT = 10
+# without a loader that compiles, for which ranks may take unequally long
+FAULT_FLAGS = (
+    "--prune.ratio",
+    0.5,
+    "--engine.timeout-seconds",
+    TIMEOUT,
+    "--data.loader",
+    "torch",
+    "--data.num-workers",
+    0,
+)
 STAGES = ("sparse", "prune-0.50", "finetune-0.50", "prune-0.90", "finetune-0.90")
 
 
@@ -36,7 +49,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, flags: list[object]) -
 class Run:
     """A run in the background, of which single processes can be signalled."""
 
-    def __init__(self, directory: Path, flags: list[object]) -> None:
+    def __init__(self, directory: Path, flags: list[object], environment: Mapping[str, str] = {}) -> None:
         self.directory = directory
         arguments = [SCRIPT, "run", "digits", "--run-dir", directory, *flags]
         self.process = subprocess.Popen(
@@ -44,7 +57,8 @@ class Run:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            cwd=Path(__file__).parent,  # where `faulty` is
             start_new_session=True,
         )
 
@@ -96,7 +110,8 @@ def start(tmp_path: Path, flags: list[object]) -> Iterator[Callable[[], Run]]:
 def lines(directory: Path, stage: str) -> list[dict[str, Any]]:
     """The metrics of a stage, but for what a clock said."""
     found = [json.loads(line) for line in (directory / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in found]
+    clocks = ("seconds", "images_per_second", "checkpoint_seconds")
+    return [{k: v for k, v in line.items() if k not in clocks} for line in found]
 
 
 def assert_as_undisturbed(directory: Path, undisturbed: Path) -> None:
@@ -127,13 +142,21 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_it_goes_on_from_the_check
     assert_as_undisturbed(run.directory, undisturbed[0])
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [
+        (signal.SIGUSR1, "rank 1"),
+        pytest.param(signal.SIGTERM, "rank 1", marks=pytest.mark.slow),
+        (signal.SIGTERM, "the launcher"),
+        pytest.param(signal.SIGUSR1, "the launcher", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_and_goes_on_from_it(
-    number: signal.Signals, start: Callable[[], Run], undisturbed: tuple[Path, float]
+    number: signal.Signals, whom: str, start: Callable[[], Run], undisturbed: tuple[Path, float]
 ) -> None:
     run = start()
     assert run.wait_until(is_training(run, "sparse"))
-    run.ranks()[1].send_signal(number)
+    (run.ranks()[1] if whom == "rank 1" else psutil.Process(run.process.pid)).send_signal(number)
     code, said, _ = run.finish()
     assert code == 3
     (line,) = said
@@ -142,15 +165,63 @@ def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_and_goes_on_from_it(
     assert_as_undisturbed(run.directory, undisturbed[0])
 
 
-@pytest.mark.slow
-def test_a_stopped_rank_ends_the_run_after_the_time_out_and_the_stage_is_named(start: Callable[[], Run]) -> None:
+LAST = {"training": 60, "evaluation": 3, "pruning": 2}
+"""The last call of the network, at each place, that every rank comes to."""
+SAID = {"training": "netslim: sparse, epoch ", "evaluation": ", evaluation: ", "pruning": "netslim: prune-0.50"}
+
+
+def assert_ends_in_time(fault: Fault, flags: list[object]) -> float:
+    """Run into the fault; gives the seconds from it to the end of the last process."""
+    own = ["--model", "faulty:build", "--model.width", 1]
+    run = Run(Path(fault.run_dir), [*flags, *own, *FAULT_FLAGS], fault.environment())
+    code, said, _ = run.finish()
+    ended = time.time()
+    assert code == 1, (fault, said)
+    seconds = ended - float((run.directory / MOMENT).read_text())
+    assert any(SAID[fault.place] in line and f"rank {fault.rank} " in line for line in said), (fault, said)
+    assert seconds < (5 if fault.signal == signal.SIGKILL else TIMEOUT + 2), fault  # some for a busy machine
+    return seconds
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "rank", "count"),
+    [
+        ("evaluation", signal.SIGSTOP, 1, 2),
+        pytest.param("training", signal.SIGSTOP, 0, 30, marks=pytest.mark.slow),
+        pytest.param("pruning", signal.SIGKILL, 0, 1, marks=pytest.mark.slow),
+        pytest.param("pruning", signal.SIGSTOP, 1, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_whose_rank_dies_or_stops_ends_in_time_and_names_rank_and_stage(
+    place: str, number: signal.Signals, rank: int, count: int, tmp_path: Path, flags: list[object]
+) -> None:
+    assert_ends_in_time(Fault(str(tmp_path / "run"), rank, place, number, count), flags)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_50_random_faults_end_their_runs_in_time(tmp_path: Path, flags: list[object]) -> None:
+    draw = random.Random(0)
+    for attempt in range(50):
+        place = (*LAST,)[attempt % 3]
+        number = (signal.SIGKILL, signal.SIGSTOP)[attempt % 2]
+        fault = Fault(str(tmp_path / str(attempt)), draw.randrange(2), place, number, draw.randint(1, LAST[place]))
+        seconds = assert_ends_in_time(fault, flags)
+        print(f"{attempt}: {number.name} of rank {fault.rank} in {place} {fault.count}: {seconds:.2f} s", flush=True)
+
+
+def test_processes_whose_launcher_is_killed_save_and_end(
+    start: Callable[[], Run], undisturbed: tuple[Path, float]
+) -> None:
     run = start()
     assert run.wait_until(is_training(run, "sparse"))
-    run.ranks()[1].suspend()
-    code, said, seconds = run.finish()
-    assert code == 1
-    assert any("sparse: rank 0 lost contact with the others" in line for line in said), said
-    assert seconds < 100
+    ranks = run.ranks()
+    os.kill(run.process.pid, signal.SIGKILL)
+    for process in ranks:
+        process.wait(30)
+    assert (run.directory / "preempted").exists()
+    assert start().finish()[0] == 0
+    assert_as_undisturbed(run.directory, undisturbed[0])
 
 
 @pytest.mark.slow

@@ -1,77 +1,149 @@
 """A number that is not finite, on one rank, changes no weight on any rank, and is said where it was."""
 
+import random
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 from test_train_distributed import Images, Shares, gammas_of, network, new_runtime
-from torch import Tensor
+from torch import Tensor, nn
 
-from netslim.train import EngineConfig, FitConfig, Record, Runtime, fit
+from netslim.train import EngineConfig, FitConfig, Record, Runtime, SparsityConfig, fit
 
-STEPS, BAD = 4, 2
+STEPS = 8
 CONFIG = FitConfig(epochs=1, lr=0.1, schedule="constant")
+NUMBERS = {"NaN": torch.nan, "infinity": torch.inf}
+WHERE = ("loss", "gradient", "gamma")
+BAD = {case: random.Random(str(case)).randrange(1, STEPS - 1) for case in ((a, b) for a in WHERE for b in NUMBERS)}
+"""At which step, counted from 0."""
+FOR_GOOD = ("gamma", "NaN")
+"""A gamma stays spoiled, so that all steps after it fail too."""
+Found = dict[str, tuple[str, dict[str, Tensor]]]
+spoiling: dict[str, float] = {}
+"""What the layer below spoils now, in this process, and with which number."""
+
+
+class Spoilable(nn.BatchNorm2d):
+    """Spoils inside its forward pass, where every engine has its weights at hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "gamma" in spoiling:
+            self.weight.data[0] = spoiling["gamma"]
+        out = super().forward(x)
+        if "gradient" in spoiling and out.requires_grad:
+            number = spoiling["gradient"]
+            out.register_hook(lambda gradient: torch.full_like(gradient, number))
+        return out
 
 
 class Spoiled(Images):
-    """Before one step, counted from 0, something on rank 1 becomes NaN or infinite."""
+    """Before one step, something on rank 1 becomes NaN or infinite."""
 
-    def __init__(self, run: Runtime, what: str, gamma: Tensor) -> None:
+    def __init__(self, run: Runtime, where: str, number: str) -> None:
         super().__init__(run, STEPS)
-        self.what = what if run.rank == 1 else ""
-        self.gamma = gamma
+        self.where, self.number, self.bad = where if run.rank == 1 else "", NUMBERS[number], BAD[where, number]
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, (images, labels) in enumerate(super().epoch(epoch, first_batch)):
-            if number == BAD and self.what == "gamma":
-                self.gamma.data[0] = torch.nan
-            if number == BAD and self.what == "gradient":
-                self.gamma.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
-            yield images * (torch.nan if number == BAD and self.what == "loss" else 1), labels
+        for step, (images, labels) in enumerate(super().epoch(epoch, first_batch)):
+            spoiling.clear()
+            if step == self.bad:
+                spoiling[self.where] = self.number
+            yield images * spoiling.get("loss", 1), labels
+        spoiling.clear()
 
 
-class First(Images):
-    """The steps before the bad one."""
+class Without(Images):
+    """The steps but for one, or only those before it."""
 
-    def __init__(self, run: Runtime) -> None:
+    def __init__(self, run: Runtime, bad: int, *, and_after: bool) -> None:
         super().__init__(run, STEPS)
-        self.batches = self.batches[:BAD]
+        self.batches = [*self.batches[:bad], *(self.batches[bad + 1 :] if and_after else [])]
 
 
-def train(directory: Path, what: str) -> tuple[str, dict[str, Tensor]]:
-    """What the error said, and the weights that are left."""
-    run = new_runtime(EngineConfig(batch_norm="frozen"))
+def train(directory: Path, engine: EngineConfig, case: tuple[str, str] | None, *, bad: int, skip: int) -> tuple:
+    """What the error said, and the weights and statistics that are left."""
+    run = new_runtime(engine)
     model, said = network(), ""
-    images = Spoiled(run, what, gammas_of(model)[-1]) if what else First(run)
-    with Record("sparse", directory, is_main=run.is_main) as record:
+    gammas = gammas_of(model)
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    layers[-1].__class__ = Spoilable
+    images = Without(run, bad, and_after=bool(skip)) if case is None else Spoiled(run, *case)
+    config = replace(CONFIG, skip_nonfinite=skip)
+    with Record("sparse", directory, is_main=run.is_main) as record, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DeepSpeed's own
         try:
-            fit(model, images, Shares(run, 10), CONFIG, run=run, record=record)
+            sparsity = SparsityConfig(weight=1e-3)
+            fit(model, images, Shares(run, 10), config, run=run, record=record, gammas=gammas, sparsity=sparsity)
         except FloatingPointError as error:
             said = str(error)
-    return said, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    spoiling.clear()
+    return said, {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def train_all(directory: Path) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    return {what: train(directory, what) for what in ("", "loss", "gradient", "gamma")}
+def stop_at_each(directory: Path) -> dict[tuple[str, str], Found]:
+    """Each case, and the training up to it."""
+    engine = EngineConfig(batch_norm="frozen")
+    return {
+        case: {
+            "have": train(directory, engine, case, bad=bad, skip=0),
+            "want": train(directory, engine, None, bad=bad, skip=0),
+        }
+        for case, bad in BAD.items()
+    }
+
+
+def leave_out(directory: Path, zero: int) -> dict[tuple[str, str], Found]:
+    """Cases that pass, and the training without their step."""
+    engine = EngineConfig(zero=zero)  # type: ignore[arg-type]
+    return {
+        case: {
+            "have": train(directory, engine, case, bad=BAD[case], skip=1),
+            "want": train(directory, engine, None, bad=BAD[case], skip=1),
+        }
+        for case in (("loss", "NaN"), ("gradient", "infinity"))
+    } | {("gamma", "NaN"): {"have": train(directory, engine, ("gamma", "NaN"), bad=0, skip=0)}}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, dict[str, Tensor]]]]:
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Found]]:
     directory = tmp_path_factory.mktemp("finite")
-    return run_ranks(train_all, 2, directory, directory / "run")
+    return run_ranks(stop_at_each, 2, directory, directory / "run")
 
 
-@pytest.mark.parametrize(
-    ("what", "said"), [("loss", "the loss of rank 1"), ("gamma", "the loss of rank 1"), ("gradient", "the gradient")]
-)
-def test_no_rank_applies_a_step_that_is_not_finite_on_one(what: str, said: str, found: list) -> None:
-    for results in found:
-        error, weights = results[what]
-        assert f"sparse: {said} is not finite at step {BAD + 1} (epoch 1); no rank applied the step" in error
-        for name, want in results[""][1].items():
+@pytest.mark.parametrize("case", BAD, ids=" is ".join)
+def test_no_rank_applies_a_step_that_is_not_finite_on_one(case: tuple[str, str], stopped: list) -> None:
+    for results in stopped:
+        error, weights = results[case]["have"]
+        whose = "the gradient" if case[0] == "gradient" else "the loss of rank 1"
+        assert f"sparse: {whose} is not finite at step {BAD[case] + 1} (epoch 1); no rank applied the step" in error
+        for name, want in results[case]["want"][1].items():
             have = weights[name]
-            if what == "gamma" and have.isnan().any():  # what was spoiled itself
+            if case[0] == "gamma" and not have.isfinite().all():  # what was spoiled itself
                 have, want = have[1:], want[1:]
             assert torch.equal(have, want), name
+
+
+@pytest.mark.parametrize("zero", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_step_that_may_be_left_out_leaves_nothing_behind(zero: int, tmp_path: Path) -> None:
+    for results in run_ranks(leave_out, 2, tmp_path, tmp_path / "run", zero):
+        error, _ = results.pop(("gamma", "NaN"))["have"]
+        assert f"the loss of rank 1 is not finite at step {BAD['gamma', 'NaN'] + 1} (epoch 1); no rank" in error
+        for case, found in results.items():
+            (said, have), (_, want) = found["have"], found["want"]
+            assert said == ""
+            for name in want:
+                assert torch.equal(have[name], want[name]), (case, name)
+
+
+def spoil_all(directory: Path) -> str:
+    return str(train(directory, EngineConfig(batch_norm="frozen"), FOR_GOOD, bad=0, skip=1)[0])
+
+
+def test_training_stops_when_more_steps_are_not_finite_than_may_be_left_out(tmp_path: Path) -> None:
+    for said in run_ranks(spoil_all, 2, tmp_path, tmp_path / "run"):
+        step = BAD[FOR_GOOD] + 2
+        assert f"is not finite at step {step} (epoch 1) after 1 that were left out; no rank applied" in said

@@ -35,14 +35,15 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], run: Ru
     model.eval()
     # float64 holds counts exactly up to 2**53, and one all-reduce serves all three
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
-    for images, labels in batches:
-        with run.autocast():
-            logits = model(images)
-        logits = logits.float()
-        sums[0] += (logits.argmax(1) == labels).sum()
-        sums[1] += len(labels)
-        sums[2] += F.cross_entropy(logits, labels, reduction="sum")
-    model.train(was_training)
-    correct, total, loss = run.sum_over_ranks(sums).tolist()
+    with run.at("evaluation"):
+        for images, labels in batches:
+            with run.autocast():
+                logits = model(images)
+            logits = logits.float()
+            sums[0] += (logits.argmax(1) == labels).sum()
+            sums[1] += len(labels)
+            sums[2] += F.cross_entropy(logits, labels, reduction="sum")
+        model.train(was_training)
+        correct, total, loss = run.sum_over_ranks(sums).tolist()
     assert total > 0, "loaders refuse an empty test split"
     return Evaluation(int(correct), int(total), loss / total)

@@ -1,13 +1,13 @@
 """The only training loop: sparsity training and fine-tuning are the same function with and without a penalty."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from netslim.train.evaluate import evaluate
 from netslim.train.optim import FitConfig, learning_rate, make_optimizer, travel
@@ -15,6 +15,7 @@ from netslim.train.progress import Progress, Saver
 from netslim.train.record import Record
 from netslim.train.runtime import Runtime
 from netslim.train.sparsity import GammaPenalty, SparsityConfig, describe_pull, gamma_summary
+from netslim.train.statistics import freeze, synchronise
 
 Batch = tuple[Tensor, Tensor]
 
@@ -49,17 +50,24 @@ def fit(
     With ``sparsity`` the given ``gammas`` (parameters of ``model``) are penalised. With a ``saver`` training goes on
     from its newest checkpoint, and leaves new ones. Afterwards the model is unwrapped, its BatchNorm statistics
     reconciled, weights and buffers bitwise equal on all ranks.
-    Raises FloatingPointError naming step and rank where a loss or gradient is not finite; the weights are then those
-    of the step before. Raises Preempted, after a checkpoint, where a signal asks to stop.
+    Raises FloatingPointError naming step and rank where a loss or gradient is not finite, and ``config`` does not
+    allow to leave the step out; the weights are then those of the step before. Raises Preempted, after a checkpoint,
+    where a signal asks to stop.
     """
     training = Training(model, train, config, run, record, gammas, sparsity)
     saver = saver or Saver(None, run)
-    progress = saver.resume(training) or Progress()
-    while progress.epoch < config.epochs:
-        training.train_epoch(progress, saver)
-        training.finish_epoch(progress, evaluate_on=test)
-        saver.after_epoch(training, progress)
+    try:
+        progress = saver.resume(training) or Progress()
+        while progress.epoch < config.epochs:
+            with run.at(f"epoch {progress.epoch + 1}"):
+                training.train_epoch(progress, saver)
+                training.finish_epoch(progress, evaluate_on=test)
+            saver.after_epoch(training, progress)
+        saver.settle()
+    finally:
+        saver.close()
     training.bring_back()
+    training.restore_layers()
     run.release()
     run.check_equal(model, f"after {record.stage}")
     return progress.metrics[-1]
@@ -84,8 +92,12 @@ class Training:
         self.gammas = list(gammas) if sparsity is not None else []
         self.steps_per_epoch = len(train) // run.config.accumulation
         self.trained = run.trainee(model)
+        self.restore_layers = synchronise(self.trained) if run.config.batch_norm == "sync" else lambda: None
+        self.changing: list[Tensor] = []
+        """Statistics and sums, which a step changes even if it is left out; empty where none may be."""
+        self.before_step: list[Tensor] = []
         self.optimizer = make_optimizer(self.trained, config)
-        supervised = Supervised(self.trained, config.label_smoothing)
+        supervised = Supervised(self.trained, config.label_smoothing, run.autocast)
         self.wrapped, self.stepper = run.prepare(supervised, self.optimizer, config.clip)
         self.masters = run.masters(self.trained, self.wrapped, self.optimizer)
         if sparsity is not None:
@@ -100,11 +112,14 @@ class Training:
         run, parts, epoch = self.run, self.run.config.accumulation, progress.epoch
         self.trained.train()
         if run.config.batch_norm == "frozen":
-            _freeze_statistics(self.trained)
+            freeze(self.trained)
         first = progress.step * parts
         batches = self.train.epoch(epoch, first)
         shown = self.record.progress(batches, len(self.train) - first, f"epoch {epoch + 1}/{self.config.epochs}")
         sums = progress.start_sums(run.device)
+        if self.config.skip_nonfinite:
+            self.changing = [*self.trained.buffers(), sums]
+            self.before_step = [value.clone() for value in self.changing]
         for index, batch in enumerate(shown, first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(progress)
@@ -112,11 +127,12 @@ class Training:
                 loss = self.forward_backward(batch, sums)
                 if is_boundary and self.config.clip is not None:
                     run.clip_gradients(self.wrapped, self.config.clip)
-                if is_boundary:
-                    self.check_finite(loss, progress)
-                self.stepper.step()  # does nothing, like zero_grad, before the boundary
+                if not is_boundary or self.is_finite(loss, progress):
+                    self.stepper.step()  # does nothing, like zero_grad, before the boundary
                 self.stepper.zero_grad()
             if (index + 1) % parts == 0:
+                if self.changing:
+                    torch._foreach_copy_(self.before_step, self.changing)
                 progress.step += 1
                 saver.after_step(self, progress)
 
@@ -130,15 +146,27 @@ class Training:
         sums[2] += len(labels)
         return cast(Tensor, loss.detach())
 
-    def check_finite(self, loss: Tensor, progress: Progress) -> None:
-        """Refuse a step whose gradient is not finite: every rank sees it, because gradients were added over ranks."""
-        if not self.run.gradients_are_finite(self.wrapped):
-            step, rank = self.step_number(progress) + 1, self.run.first_rank_with(~torch.isfinite(loss))
-            what = "the gradient is" if rank is None else f"the loss of rank {rank} is"
+    def is_finite(self, loss: Tensor, progress: Progress) -> bool:
+        """Whether the step can be taken; every rank answers alike, because gradients were added over ranks.
+
+        Where it can't, and may be left out, statistics and sums are again what they were before it.
+        """
+        if self.run.gradients_are_finite(self.wrapped):
+            return True
+        rank = self.run.first_rank_with(~torch.isfinite(loss))
+        what = "the gradient is" if rank is None else f"the loss of rank {rank} is"
+        where = f"{what} not finite at step {self.step_number(progress) + 1} (epoch {progress.epoch + 1})"
+        if progress.skipped == self.config.skip_nonfinite:
+            skipped = f" after {progress.skipped} that were left out" if progress.skipped else ""
             raise FloatingPointError(
-                f"{self.record.stage}: {what} not finite at step {step} (epoch {progress.epoch + 1}); no rank applied "
-                f"the step. Use a lower learning rate (now {self.config.lr:g}), a warm-up, or clipping"
+                f"{self.record.stage}: {where}{skipped}; no rank applied the step. "
+                f"Use a lower learning rate (now {self.config.lr:g}), a warm-up, or clipping"
             )
+        progress.skipped += 1
+        torch._foreach_copy_(self.changing, self.before_step)
+        allowed = f"{progress.skipped} of {self.config.skip_nonfinite} allowed"
+        self.record.say(f"{where}; every rank leaves the step out ({allowed})", warning=True)
+        return False
 
     def finish_epoch(self, progress: Progress, evaluate_on: TestBatches) -> None:
         """Add up the ranks' sums, evaluate, and note the epoch's metrics."""
@@ -152,6 +180,7 @@ class Training:
             )
         run.reconcile_statistics(self.trained)
         self.bring_back()
+        run.check_equal(self.model, f"{self.record.stage}, epoch {progress.epoch + 1}")
         evaluation = evaluate(self.model, evaluate_on, run)
         metrics = {
             "epoch": progress.epoch + 1,
@@ -164,6 +193,8 @@ class Training:
             "best_accuracy": max([evaluation.accuracy, *(line["accuracy"] for line in progress.metrics)]),
             "images_per_second": count / seconds,
             "seconds": progress.seconds_so_far(),
+            "checkpoint_seconds": progress.saving_seconds,
+            "skipped_steps": progress.skipped,
             **(gamma_summary(self.gammas) if self.gammas else {}),
         }
         progress.next_epoch(metrics)
@@ -188,12 +219,17 @@ class Supervised(nn.Module):
     ``forward`` takes images (n, 3, height, width) and labels (n,) and returns the mean loss and the logits.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
+    def __init__(
+        self, model: nn.Module, label_smoothing: float, autocast: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.label_smoothing = label_smoothing
+        self.model, self.label_smoothing, self.autocast = model, label_smoothing, autocast
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            return self._loss_and_logits(images, labels)
+
+    def _loss_and_logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.model(images)
         if isinstance(outputs, Tensor):
             logits, auxiliary = outputs, []
@@ -208,9 +244,3 @@ class Supervised(nn.Module):
 def _names_of(parameters: Sequence[nn.Parameter], model: nn.Module) -> list[str]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for parameter in parameters if parameter.requires_grad]
-
-
-def _freeze_statistics(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()

@@ -34,6 +34,8 @@ class FitConfig:
     """What decays: all parameters, as in the paper's code, or the weights of convolution and linear layers only."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target spread over all classes (arXiv 1512.00567)."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Steps that may be left out because a loss or gradient is not finite, before training stops there."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest L2 norm of the gradient of the loss; the gamma penalty is added after it. None: no clipping."""
 

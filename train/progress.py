@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,8 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from netslim.train.checkpoint import Snapshot, Store
-from netslim.train.runtime import Runtime, moments, of_moments
+from netslim.train.runtime import Runtime
+from netslim.train.statistics import combined
 
 if TYPE_CHECKING:
     from netslim.train.loop import Training
@@ -47,6 +49,10 @@ class Progress:
     """This rank's loss x images, correct images and images of the present epoch so far, (3,) float64."""
     seconds: float = 0.0
     """That the present epoch took before this process."""
+    saving_seconds: float = 0.0
+    """For which checkpoints held up training, since the epoch before this one was noted."""
+    skipped: int = 0
+    """Steps of the run that were left out because they were not finite."""
     started: float = field(default_factory=time.perf_counter)
 
     def start_sums(self, device: torch.device) -> Tensor:
@@ -60,7 +66,7 @@ class Progress:
 
     def next_epoch(self, metrics: dict[str, Any]) -> None:
         self.metrics.append(metrics)
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, None, 0.0
+        self.epoch, self.step, self.sums, self.seconds, self.saving_seconds = self.epoch + 1, 0, None, 0.0, 0.0
         self.started = time.perf_counter()
 
 
@@ -69,6 +75,7 @@ class Saver:
 
     What ranks have of their own (BatchNorm statistics between epochs, random numbers, sums) is saved for each. At
     another number of ranks the statistics are combined, and the sums added, so that only dropout draws differ.
+    Training goes on as soon as there is a copy in memory; a thread of rank 0 writes it, one at a time.
     """
 
     def __init__(
@@ -81,6 +88,8 @@ class Saver:
         self.store, self.run, self.config = store, run, config or CheckpointConfig()
         self.identity = dict(identity or {})
         self._saved = time.monotonic()
+        self._writer = ThreadPoolExecutor(1, "netslim-checkpoint")
+        self._writing: Future[Any] | None = None
 
     def after_step(self, training: Training, progress: Progress) -> None:
         """Save where it is due; stop where a signal asks for it."""
@@ -94,6 +103,7 @@ class Saver:
         if stop or (due and not (ends_epoch and self._saves_after(progress.epoch + 1))):
             self.save(training, progress)
         if stop:
+            self.settle()
             raise Preempted(f"stopped by a signal after step {training.step_number(progress)}")
 
     def after_epoch(self, training: Training, progress: Progress) -> None:
@@ -104,32 +114,53 @@ class Saver:
         return self.config.epochs is not None and epochs % self.config.epochs == 0
 
     def save(self, training: Training, progress: Progress) -> None:
-        """Write a checkpoint, from all ranks' states; OSError, on every rank, where the disk is full."""
+        """Write a checkpoint, from all ranks' states; raises, on every rank, what `settle` does."""
         if self.store is None:
             return
+        started = time.perf_counter()
+        self.settle()
         shared = {f"weights/{name}": tensor for name, tensor in training.masters.weights().items()}
         shared |= {f"momenta/{name}": tensor for name, tensor in training.masters.momenta().items()}
         ranks = self.run.gather(_own_state(training, progress))
 
-        def write() -> None:
+        def begin() -> None:
             assert self.store is not None
             assert ranks is not None, "this is rank 0"
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in shared.items()}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in shared.items()}  # copies already
             for rank, own in enumerate(ranks):
                 tensors |= {f"ranks/{rank}/{name}": tensor for name, tensor in own.items()}
             values = {
                 "identity": self.identity,
                 "epoch": progress.epoch,
                 "step_in_epoch": progress.step,
-                "metrics": progress.metrics,
+                "metrics": list(progress.metrics),
                 "seconds": progress.seconds_so_far(),
+                "skipped": progress.skipped,
                 "world_size": self.run.world_size,
                 "scaler": self.run.scaler_state(),
             }
-            self.store.save(Snapshot(training.step_number(progress), tensors, values), _best_step(progress.metrics))
+            snapshot, best = Snapshot(training.step_number(progress), tensors, values), _best_step(progress.metrics)
+            self._writing = self._writer.submit(self.store.save, snapshot, best)
 
-        self.run.on_main(write)
+        self.run.on_main(begin)
         self._saved = time.monotonic()
+        progress.saving_seconds += time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is on the disk; OSError, on every rank, where it could not be written."""
+        if self.store is None:
+            return
+
+        def wait() -> None:
+            writing, self._writing = self._writing, None
+            if writing is not None:
+                writing.result()
+
+        self.run.on_main(wait)
+
+    def close(self) -> None:
+        """Let the thread finish what it writes, also after an error."""
+        self._writer.shutdown()
 
     def resume(self, training: Training) -> Progress | None:
         """Bring the model, the optimizer and this rank to where the newest checkpoint was; None where there is none."""
@@ -170,7 +201,7 @@ def _own_state(training: Training, progress: Progress) -> dict[str, Tensor]:
         own["rng/cuda"] = torch.cuda.get_rng_state(training.run.device)
     if progress.sums is not None:
         own["sums"] = progress.sums
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in own.items()}
 
 
 def _restore(training: Training, snapshot: Snapshot) -> Progress:
@@ -198,20 +229,8 @@ def _restore(training: Training, snapshot: Snapshot) -> Progress:
         metrics=values["metrics"],
         sums=None if sums is None else sums.to(run.device),
         seconds=values["seconds"],
+        skipped=values["skipped"],
     )
-
-
-def combined(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The buffers of several ranks as those of one: BatchNorm statistics of all their images, rank 0's others."""
-    found = dict(ranks[0])
-    for name in found:
-        home, _, own = name.rpartition(".")
-        if own == "running_mean":
-            variance = f"{home}.running_var"
-            each = [moments(rank[name].double(), rank[variance].double()) for rank in ranks]
-            for key, value in zip((name, variance), of_moments(torch.stack(each).mean(0)), strict=True):
-                found[key] = value.to(found[key].dtype)
-    return found
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import os
 import signal
 import threading
@@ -25,21 +26,30 @@ from accelerate.utils import (
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.distributed import distributed_c10d
 
 from netslim.train.masters import Fragment, Masters, whole, zero_fragment
+from netslim.train.statistics import reconcile
+from netslim.train.watch import Watch
 
 T = TypeVar("T")
+
+_JOINING_SECONDS = 600  # until every rank has started: imports from a shared disk take their time
+_ENDING_SECONDS = 3  # to find out who is missing, and to end: so much sooner a rank stops waiting
+_groups = itertools.count()  # only tests join more than one in a process
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class EngineConfig:
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision of the forward and backward pass; the weights stay float32."""
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        default_factory=lambda: cast(Any, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")), validate_default=True
+    )
+    """Mixed precision of the forward and backward pass, by default that of the launcher; the weights stay float32."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Parts that each batch is split into, to need less memory; the optimizer steps once per batch."""
-    batch_norm: Literal["local", "frozen"] = "local"
-    """local: each rank normalises by its own share of the batch; frozen: by the running statistics."""
+    batch_norm: Literal["local", "sync", "frozen"] = "local"
+    """local: each rank normalises by its own share of the batch; sync: by the whole, on GPUs (SyncBatchNorm); frozen:
+    by the running statistics."""
     zero: Literal[0, 1, 2, 3] = 0
     """Stage of DeepSpeed's ZeRO, which divides optimizer state, gradients and weights among the ranks; 0 is DDP."""
     compile: bool = False
@@ -69,7 +79,8 @@ class Runtime:
             os.environ["ACCELERATE_USE_CPU"] = "1"
         self._accelerator = Accelerator(
             deepspeed_plugin=self._zero,
-            mixed_precision=config.precision,
+            # with DeepSpeed Accelerate would turn the weights themselves to bf16, those of BatchNorm too
+            mixed_precision="no" if self._zero is not None else config.precision,
             gradient_accumulation_steps=config.accumulation,
             kwargs_handlers=[
                 # Statistics are reconciled when they are used; copying rank 0's at each step only costs time.
@@ -77,7 +88,7 @@ class Runtime:
                 # Accelerate knows gloo where DDP needs it, DeepSpeed has to be told.
                 InitProcessGroupKwargs(
                     backend="gloo" if self._zero is not None and uses_cpu() else "nccl",
-                    timeout=timedelta(seconds=config.timeout_seconds),
+                    timeout=timedelta(seconds=max(_JOINING_SECONDS, config.timeout_seconds)),
                 ),
             ],
         )
@@ -109,6 +120,29 @@ class Runtime:
                 signal.signal(number, lambda *_: self._stop.set())
         self._seed = seed
         self.reseed()
+        self._arrivals = 0
+        self._watch = self._start_watch() if self.world_size > 1 else None
+
+    def _start_watch(self) -> Watch:
+        patience = self.config.timeout_seconds - _ENDING_SECONDS
+        set_timeout = getattr(torch.distributed, "set_timeout", distributed_c10d._set_pg_timeout)  # torch 2.14
+        set_timeout(timedelta(seconds=patience))
+        store = distributed_c10d._get_default_store().clone()  # another connection: the first one may be waiting
+        return Watch(
+            distributed_c10d.PrefixStore(f"netslim-watch-{next(_groups)}", store),
+            self.rank,
+            gather=lambda own: gather_object([own]),
+            timeout=patience,
+            state=lambda: (self._arrivals, self.place),
+            stop=self._stop.set,
+        )
+
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Say what the ranks do inside; after an error it stays, so that a message can name it."""
+        outer, self.place = self.place, f"{self.place}, {place}"
+        yield
+        self.place = outer
 
     def reseed(self) -> None:
         """Set what dropout and stochastic depth draw from: it must differ between ranks, and repeat between runs."""
@@ -171,6 +205,7 @@ class Runtime:
             yield self._accelerator.sync_gradients
 
     def backward(self, loss: Tensor) -> None:
+        self._arrivals += 1
         self._accelerator.backward(loss)
 
     def clip_gradients(self, wrapped: nn.Module, max_norm: float) -> None:
@@ -192,6 +227,7 @@ class Runtime:
 
     def first_rank_with(self, flag: Tensor) -> int | None:
         """The first rank whose flag is set, the same on every rank; None where none is."""
+        self._arrivals += 1
         found = self._accelerator.gather(flag.reshape(1).to(self.device)).nonzero()
         return int(found[0]) if len(found) else None
 
@@ -208,8 +244,12 @@ class Runtime:
 
     def gather(self, own: T) -> list[T] | None:
         """What every rank gave, in their order, on rank 0; None on the others."""
-        everyone = cast(list[T], gather_object([own]))
+        everyone = self._gather_objects(own)
         return everyone if self.is_main else None
+
+    def _gather_objects(self, own: T) -> list[T]:
+        self._arrivals += 1
+        return cast(list[T], gather_object([own]))
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the fp16 loss scaler, as JSON; empty without one."""
@@ -237,10 +277,14 @@ class Runtime:
         return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(parameters, modifier_rank=0))
 
     def autocast(self) -> AbstractContextManager[None]:
-        return cast(AbstractContextManager[None], self._accelerator.autocast())
+        """Compute in the precision that the configuration says, inside."""
+        if self._zero is None:
+            return cast(AbstractContextManager[None], self._accelerator.autocast())
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The elementwise sum over all ranks, the same on each; ``values`` is on ``device``."""
+        self._arrivals += 1
         return cast(Tensor, self._accelerator.reduce(values, reduction="sum"))
 
     @property
@@ -248,11 +292,9 @@ class Runtime:
         """Whether this process was told to stop, by SIGTERM or SIGUSR1."""
         return self._stop.is_set()
 
-    def wait(self) -> None:
-        self._accelerator.wait_for_everyone()
-
     def on_main(self, function: Callable[[], T]) -> T:
         """Run on rank 0 alone; every rank returns what it returned, or raises what it raised."""
+        self._arrivals += 1
         outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
         if self.is_main:
             try:
@@ -275,7 +317,7 @@ class Runtime:
             result = function()
         except Exception as caught:
             error = caught
-        errors: list[Exception | None] = gather_object([error])
+        errors = self._gather_objects(error)
         for rank, first in enumerate(errors):
             if first is not None:
                 own = first if error is None or rank != self.rank else error
@@ -285,34 +327,25 @@ class Runtime:
 
     def check_equal(self, model: nn.Module, what: str) -> str:
         """Raise RuntimeError unless parameters and buffers are bitwise equal on all ranks; returns their digest."""
-        digest = weights_digest(model)
+        return self.check_same(weights_digest(model), f"{what}: the weights")
+
+    def check_same(self, digest: str, what: str) -> str:
+        """Raise RuntimeError that begins with ``what`` unless all ranks give the same digest, in hex; returns it."""
         digests: list[str] = [digest]
         if self.world_size > 1:
+            self._arrivals += 1
             codes = torch.tensor(list(bytes.fromhex(digest)), device=self.device, dtype=torch.int64)
             gathered = self._accelerator.gather(codes.unsqueeze(0))
             digests = [bytes(row).hex() for row in gathered.tolist()]
         odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if odd:
-            raise RuntimeError(f"{what}: the weights of rank {odd[0]} differ from those of rank 0")
+            raise RuntimeError(f"{what} of rank {odd[0]} differ from those of rank 0")
         return digest
 
-    @torch.no_grad()
     def reconcile_statistics(self, model: nn.Module) -> None:
-        """Give every rank the BatchNorm statistics of all ranks' images together.
-
-        Ranks see equal numbers of images, so the mean is the mean of means, and the variance the mean of variances
-        plus the variance of means. The sum is taken in float64, in one all-reduce.
-        """
-        layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-        if self.world_size == 1 or not layers:
-            return
-        means = torch.cat([cast(Tensor, layer.running_mean).double() for layer in layers])
-        variances = torch.cat([cast(Tensor, layer.running_var).double() for layer in layers])
-        mean, variance = of_moments(self.sum_over_ranks(moments(means, variances)) / self.world_size)
-        sizes = [layer.num_features for layer in layers]
-        for layer, m, v in zip(layers, torch.split(mean, sizes), torch.split(variance, sizes), strict=True):
-            cast(Tensor, layer.running_mean).copy_(m)
-            cast(Tensor, layer.running_var).copy_(v)
+        """Give every rank the BatchNorm statistics of all ranks' images together."""
+        if self.world_size > 1:
+            reconcile(model, lambda moments: self.sum_over_ranks(moments) / self.world_size)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -322,22 +355,17 @@ class Runtime:
         except RuntimeError as error:
             if not _is_of_the_group(error):
                 raise
-            what = str(error).partition("\n")[0].rpartition("] ")[2]
-            raise LostRankError(f"{self.place}: rank {self.rank} lost contact with the others ({what:.100})") from error
+            what = self._watch.blame() if self._watch is not None else ""
+            if not what:
+                reason = str(error).partition("\n")[0].rpartition("] ")[2]
+                what = f"rank {self.rank} lost contact with the others ({reason:.100})"
+            raise LostRankError(f"{self.place}: {what}") from error
 
     def close(self) -> None:
         """Leave the process group; call last, also after an error that every rank raised."""
+        if self._watch is not None:
+            self._watch.leave()
         self._accelerator.end_training()
-
-
-def moments(mean: Tensor, variance: Tensor) -> Tensor:
-    """First and second moments, (2, ...): those of several equal shares of images are averaged, variances are not."""
-    return torch.stack([mean, variance + mean**2])
-
-
-def of_moments(averaged: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of what `moments`, (2, ...), were averaged over."""
-    return averaged[0], averaged[1] - averaged[0] ** 2
 
 
 def _is_of_the_group(error: RuntimeError) -> bool:
@@ -349,6 +377,8 @@ def _zero_plugin(config: EngineConfig) -> DeepSpeedPlugin | None:
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if not (asked or config.zero):
         return None
+    if config.precision == "fp16":
+        raise ValueError("engine.precision fp16 needs the loss scaler of DDP; under DeepSpeed use bf16 or no")
     if uses_cpu():
         if torch.cuda.is_available():
             raise ValueError(
@@ -370,6 +400,10 @@ def check_devices(config: EngineConfig, num_local: int) -> None:
     if uses_cpu():
         if config.precision == "fp16":
             raise ValueError("engine.precision fp16 needs a GPU; on CPU use bf16 or no")
+        if config.batch_norm == "sync":
+            raise ValueError(
+                "engine.batch_norm sync needs GPUs: torch's SyncBatchNorm cannot run on the CPU; use local"
+            )
     elif num_local > num_gpus():
         raise ValueError(
             f"{num_local} processes need as many GPUs and this machine has {num_gpus()}; "

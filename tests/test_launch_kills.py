@@ -1,0 +1,147 @@
+"""A run that is killed at any moment, and started again, ends as the undisturbed one, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_end_to_end import SHORT
+from test_launch_faults import STAGES, lines
+
+from netslim.launch.mistakes import LOST_RANK, guarded
+
+# A template of a process that has everything imported, of which the ranks are copies: they start in no time.
+context = get_context("forkserver")
+context.set_forkserver_preload(["netslim.launch.recipe", "accelerate", "test_launch_kills"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    codes: tuple[int | None, ...]
+    seconds: float
+    place: str
+    """Where the killed rank was missed; empty where none was."""
+
+
+def run(directory: Path, flags: list[object], kill: tuple[int, float] | None = None) -> Outcome:
+    """Run `digits` in two processes; of one, `kill` says which and after how many seconds."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    directory.mkdir(exist_ok=True)
+    arguments = ["digits", "--run-dir", str(directory / "run"), *map(str, flags)]
+    log = directory / "log"
+    log.write_text("")
+    ranks = [context.Process(target=be_rank, args=(rank, port, arguments, str(log))) for rank in range(2)]
+    started = time.monotonic()
+    for process in ranks:
+        process.start()
+    if kill is not None:
+        rank, moment = kill
+        ranks[rank].join(max(0.0, started + moment - time.monotonic()))
+        ranks[rank].kill()
+        ranks[1 - rank].join(5)
+        ranks[1 - rank].terminate()  # as launchers do: before it has joined the other it waits for it
+    for process in ranks:
+        process.join(60)
+    assert not any(process.is_alive() for process in ranks)
+    seconds = time.monotonic() - started
+    said = [line for line in log.read_text().splitlines() if line.startswith("netslim: ")]
+    return Outcome(tuple(p.exitcode for p in ranks), seconds, said[0].split(": ")[1] if said else "")
+
+
+def be_rank(rank: int, port: int, arguments: list[str], log: str) -> None:
+    """What a launcher starts."""
+    from netslim.launch.recipe import main
+
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream.fileno())
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    sys.argv = ["recipe", *arguments]
+    sys.exit(guarded(main))
+
+
+def last_checkpoint(stage: Path) -> bytes:
+    """Weights, momenta, and what each rank has of its own."""
+    newest = max((stage / "checkpoints").glob("step-*"))
+    return (newest / "tensors.safetensors").read_bytes()
+
+
+def assert_equal_runs(have: Path, want: Path) -> None:
+    for stage in STAGES:
+        weights = [(path / stage / "weights.safetensors").read_bytes() for path in (have, want)]
+        assert weights[0] == weights[1], stage
+        if not stage.startswith("prune"):
+            assert lines(have, stage) == lines(want, stage)
+            assert last_checkpoint(have / stage) == last_checkpoint(want / stage), stage
+    tables = [[{**row, "seconds": 0} for row in results(path)["rows"]] for path in (have, want)]
+    assert tables[0] == tables[1]
+
+
+def results(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "results.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def flags(data_cache: Path) -> list[object]:
+    every = ["--checkpoint.steps", 5, "--record.wandb", "disabled", "--engine.timeout-seconds", 30]
+    return [*SHORT, "--sparsify.epochs", 3, "--data.cache", data_cache, "--data.num-workers", 0, *every]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, flags: list[object]) -> dict[str, tuple[Path, float]]:
+    """For each loader a run that nobody disturbs, and its seconds."""
+    found = {}
+    for loader in ("torch", "ffcv"):
+        directory = tmp_path_factory.mktemp(loader)
+        outcome = run(directory, [*flags, "--data.loader", loader])
+        assert outcome.codes == (0, 0), (directory / "log").read_text()
+        found[loader] = (directory / "run", outcome.seconds)
+    return found
+
+
+def kill_and_finish(
+    directory: Path, flags: list[object], loader: str, rank: int, share: float, undisturbed: dict[str, Any]
+) -> Outcome:
+    """Kill a rank after a share of the run's time, let it finish, and compare."""
+    want, seconds = undisturbed[loader]
+    flags = [*flags, "--data.loader", loader]
+    killed = run(directory, flags, kill=(rank, share * seconds))
+    assert killed.codes[1 - rank] in (0, LOST_RANK, -signal.SIGTERM), (directory / "log").read_text()
+    finished = run(directory, flags)
+    assert finished.codes == (0, 0), (directory / "log").read_text()
+    assert_equal_runs(directory / "run", want)
+    return killed
+
+
+@pytest.mark.parametrize(("rank", "share"), [(0, 0.4), (1, 0.6), (0, 0.8)])
+def test_a_kill_changes_nothing(
+    rank: int, share: float, tmp_path: Path, flags: list[object], undisturbed: dict[str, Any]
+) -> None:
+    kill_and_finish(tmp_path, flags, "torch", rank, share, undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(14400)
+def test_100_random_kills_change_nothing(tmp_path: Path, flags: list[object], undisturbed: dict[str, Any]) -> None:
+    draw, places = random.Random(0), Counter[str]()
+    for attempt in range(100):
+        loader = "ffcv" if attempt % 5 == 0 else "torch"
+        rank, share = draw.randrange(2), draw.random()
+        killed = kill_and_finish(tmp_path / str(attempt), flags, loader, rank, share, undisturbed)
+        places[killed.place or f"codes {killed.codes}"] += 1
+        print(f"{attempt}: rank {rank} at {share:.2f} ({loader}) {killed}", flush=True)
+        subprocess.run(["rm", "-r", tmp_path / str(attempt)], check=True)
+    print(places)
