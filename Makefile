@@ -1,7 +1,8 @@
 # make demo   set up everything and run the main job        make test   set up everything and run the tests
 # make check  lint, format, types, import rules             make bench  the benchmarks      make dev  tools for developers
 # make slow   tests of minutes: every network of torchvision, full-size exports, every engine on up to four ranks
-# make soak   tests of hours: a hundred random kills
+# make soak   tests of hours: a hundred random kills, fifty random faults
+# make gpu    tests of training on one GPU: nccl alone, gloo between two processes, fp16, bf16, torch.compile, resuming
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test slow soak check format bench dev clean
+.PHONY: demo test slow soak gpu check format bench dev clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -30,6 +31,10 @@ bench: $(READY)
 	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 dev: $(READY_DEV)
+
+gpu: $(READY)
+	NETSLIM_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not soak' \
+		tests/test_train_distributed.py tests/test_train_engines.py tests/test_train_resume.py tests/test_train_finite.py
 
 check: $(READY_DEV)
 	$(BIN)/ruff check .

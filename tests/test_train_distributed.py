@@ -1,5 +1,6 @@
 """Training on real gloo ranks against the same training on one."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from ranks import run_ranks
+from ranks import DEVICE, run_ranks
 from torch import Tensor, nn
 
 from netslim.data import DataConfig, Shard, open_loaders, prepare
@@ -32,6 +33,9 @@ CASES = {
     "clipping": (EngineConfig(batch_norm="frozen"), 0.05),
     "bf16": (EngineConfig(batch_norm="frozen", precision="bf16"), None),
 }
+if DEVICE == "cuda":
+    CASES["fp16"] = (EngineConfig(batch_norm="frozen", precision="fp16"), None)
+    CASES["compile"] = (EngineConfig(batch_norm="frozen", compile=True), None)
 CONFIG = FitConfig(epochs=1, lr=0.1, schedule="constant")
 
 
@@ -40,8 +44,8 @@ class Images:
 
     def __init__(self, run: Runtime, steps: int = STEPS) -> None:
         generator = torch.Generator().manual_seed(7)
-        images = torch.randn(steps * BATCH, 3, 16, 16, generator=generator)
-        labels = torch.randint(0, 10, (steps * BATCH,), generator=generator)
+        images = torch.randn(steps * BATCH, 3, 16, 16, generator=generator).to(run.device)
+        labels = torch.randint(0, 10, (steps * BATCH,), generator=generator).to(run.device)
         parts = run.world_size * run.config.accumulation
         micro_batches = zip(images.split(BATCH // parts), labels.split(BATCH // parts), strict=True)
         self.batches = list(micro_batches)[run.rank :: run.world_size]
@@ -58,8 +62,10 @@ class Shares:
 
     def __init__(self, run: Runtime, total: int) -> None:
         generator = torch.Generator().manual_seed(11)
-        self.images = torch.randn(total, 3, 16, 16, generator=generator)[run.rank :: run.world_size]
-        self.labels = torch.randint(0, 10, (total,), generator=generator)[run.rank :: run.world_size]
+        images = torch.randn(total, 3, 16, 16, generator=generator)
+        labels = torch.randint(0, 10, (total,), generator=generator)
+        self.images = images[run.rank :: run.world_size].to(run.device)
+        self.labels = labels[run.rank :: run.world_size].to(run.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(list(zip(self.images.split(64), self.labels.split(64), strict=True)))
@@ -77,6 +83,8 @@ def new_runtime(engine: EngineConfig) -> Runtime:
     """A second engine in one process: only tests have more than one."""
     for state in (AcceleratorState, GradientState):
         state._reset_state()
+    if DEVICE == "cuda" and os.environ["WORLD_SIZE"] != "1":
+        engine = replace(engine, backend="gloo")  # nccl wants a GPU for each rank
     return Runtime(engine, seed=0)
 
 
@@ -144,15 +152,16 @@ def relative_error(left: Tensor, right: Tensor) -> float:
     return ((left.double() - right.double()).norm() / right.double().norm().clamp_min(1e-12)).item()
 
 
-@pytest.mark.parametrize("case", ["plain", "accumulation 4", "clipping"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("bf16", "fp16")])
 def test_two_ranks_train_to_the_weights_that_one_rank_reaches(case: str, by_ranks: dict[int, Any]) -> None:
     one, two = by_ranks[1][0][case], by_ranks[2][0][case]
     errors = {name: relative_error(two[name], one[name]) for name in one if one[name].is_floating_point()}
     assert max(errors.values()) <= 1e-6, max(errors.items(), key=lambda item: item[1])
 
 
-def test_a_second_rank_changes_a_bf16_run_by_less_than_bf16_itself_does(by_ranks: dict[int, Any]) -> None:
-    float32, one, two = (flat(by_ranks[n][0][case]) for n, case in ((1, "plain"), (1, "bf16"), (2, "bf16")))
+@pytest.mark.parametrize("half", [case for case in CASES if case in ("bf16", "fp16")])
+def test_a_second_rank_changes_a_run_in_16_bits_by_less_than_these_do(half: str, by_ranks: dict[int, Any]) -> None:
+    float32, one, two = (flat(by_ranks[n][0][case]) for n, case in ((1, "plain"), (1, half), (2, half)))
     assert relative_error(two, one) < relative_error(one, float32) < 2**-5
 
 

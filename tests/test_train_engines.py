@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import DEVICE, compute_exactly, run_ranks
 from test_train_distributed import BATCH, STEPS, Images, Shares, flat, gammas_of, network, new_runtime, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,11 +27,12 @@ def name_of(method: str, accumulation: int, clip: float | None) -> str:
 
 def reference(method: str, clip: float | None) -> nn.Module:
     """The same training, written out; accumulation changes nothing in it."""
-    model, velocity = network(), {}
+    compute_exactly()
+    model, velocity = network().to(DEVICE), {}
     model.eval()  # frozen statistics
     for images, labels in WholeBatches():
         model.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        F.cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE)).backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         gammas = {id(gamma) for gamma in gammas_of(model)}
@@ -45,7 +46,7 @@ def reference(method: str, clip: float | None) -> nn.Module:
                 p -= LR * velocity[name]
                 if id(p) in gammas and method == "proximal":
                     p.copy_(p.sign() * (p.abs() - LAMBDA * LR / (1 - MOMENTUM)).clamp_min(0))
-    return model
+    return model.cpu()
 
 
 class WholeBatches:
@@ -56,12 +57,17 @@ class WholeBatches:
         return zip(images.split(BATCH), labels.split(BATCH), strict=True)
 
 
-def train_all(directory: Path, zero: int, cases: list[Case]) -> dict[str, dict[str, Tensor]]:
+def train_all(directory: Path, zero: int, cases: list[Case], precision: str = "no") -> dict[str, dict[str, Tensor]]:
     results = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own
         for method, accumulation, clip in cases:
-            engine = EngineConfig(batch_norm="frozen", accumulation=accumulation, zero=zero)  # type: ignore[arg-type]
+            engine = EngineConfig(
+                batch_norm="frozen",
+                accumulation=accumulation,
+                zero=zero,  # type: ignore[arg-type]
+                precision=precision,  # type: ignore[arg-type]
+            )
             run = new_runtime(engine)
             assert run.engine == (f"zero{zero}" if zero else "ddp")
             model = network()
@@ -116,6 +122,17 @@ def test_an_engine_trains_to_the_weights_of_a_plain_loop(
 ) -> None:
     cases = [("subgradient", 4, 0.05), ("proximal", 1, 0.05), ("proximal", 4, None)]
     assert_as_wanted(run_ranks(train_all, 2, tmp_path, tmp_path / "run", zero, cases), wanted)
+
+
+@pytest.mark.parametrize("zero", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_an_engine_trains_in_bf16_within_its_precision(zero: int, wanted: dict[str, nn.Module], tmp_path: Path) -> None:
+    case: Case = ("subgradient", 1, None)
+    want = wanted[name_of(*case)].state_dict()
+    for found in run_ranks(train_all, 2, tmp_path, tmp_path / "run", zero, [case], "bf16"):
+        have = found[name_of(*case)]
+        assert relative_error(flat(have), flat(want)) < 2**-8  # of one rounding
+        assert all(have[name].dtype == torch.float32 for name in gamma_names())
+        assert max(relative_error(have[name], want[name]) for name in gamma_names()) < 2**-8
 
 
 @pytest.mark.slow

@@ -52,6 +52,8 @@ class EngineConfig:
     by the running statistics."""
     zero: Literal[0, 1, 2, 3] = 0
     """Stage of DeepSpeed's ZeRO, which divides optimizer state, gradients and weights among the ranks; 0 is DDP."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How ranks send tensors to each other: auto is nccl between GPUs and gloo between CPU processes."""
     compile: bool = False
     """Run the training step through torch.compile."""
     timeout_seconds: Annotated[int, Field(ge=10)] = 600
@@ -85,9 +87,8 @@ class Runtime:
             kwargs_handlers=[
                 # Statistics are reconciled when they are used; copying rank 0's at each step only costs time.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-                # Accelerate knows gloo where DDP needs it, DeepSpeed has to be told.
                 InitProcessGroupKwargs(
-                    backend="gloo" if self._zero is not None and uses_cpu() else "nccl",
+                    backend=_backend(config),
                     timeout=timedelta(seconds=max(_JOINING_SECONDS, config.timeout_seconds)),
                 ),
             ],
@@ -372,6 +373,12 @@ def _is_of_the_group(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
+def _backend(config: EngineConfig) -> str:
+    if uses_cpu():
+        return "gloo"
+    return "nccl" if config.backend == "auto" else config.backend
+
+
 def _zero_plugin(config: EngineConfig) -> DeepSpeedPlugin | None:
     """DeepSpeed, where the configuration or the launcher asks for it; raises ValueError where it cannot run."""
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
@@ -400,6 +407,8 @@ def check_devices(config: EngineConfig, num_local: int) -> None:
     if uses_cpu():
         if config.precision == "fp16":
             raise ValueError("engine.precision fp16 needs a GPU; on CPU use bf16 or no")
+        if config.backend == "nccl":
+            raise ValueError("engine.backend nccl needs GPUs; on CPU use auto or gloo")
         if config.batch_norm == "sync":
             raise ValueError(
                 "engine.batch_norm sync needs GPUs: torch's SyncBatchNorm cannot run on the CPU; use local"
