@@ -12,8 +12,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[bool]:
-    """Holds the lock file `path`, made where missing; waits for whoever holds it.
+def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock file `path`, made where missing; waits for whoever holds it, or raises BlockingIOError.
 
     Yields False where the file system has no locks: then only the atomic rename keeps writers apart.
     The file stays behind, for removing it would let two processes hold two locks of one name.
@@ -22,7 +22,7 @@ def exclusive(path: Path) -> Iterator[bool]:
     try:
         held = True
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

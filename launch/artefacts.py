@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from netslim.data.lock import exclusive
 from netslim.launch.config import RunConfig, differences, to_dict
 from netslim.prune import Plan, load, save
 
@@ -78,6 +80,19 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def occupied(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory, until this one ends or dies; raises ValueError where one is at work."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive(directory / ".lock", wait=False))
+        except BlockingIOError:
+            raise ValueError(
+                f"{directory} is in use by another run; wait until it has ended, or use another --run-dir"
+            ) from None
+        yield
 
 
 def claim(directory: Path, preset: str, config: RunConfig) -> None:

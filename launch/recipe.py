@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ import torch
 from torch import nn
 
 from netslim.data import DataInfo, Loaders, Shard, open_loaders, prepare
-from netslim.launch.artefacts import PREEMPTED_MARK, claim, is_complete, read_stage, stage_directory, write_stage
+from netslim.launch.artefacts import (
+    PREEMPTED_MARK,
+    claim,
+    is_complete,
+    occupied,
+    read_stage,
+    stage_directory,
+    write_stage,
+)
 from netslim.launch.config import RunConfig, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
@@ -240,8 +249,10 @@ def start(preset: str, config: RunConfig, stages: Sequence[str] = STAGES) -> Non
     info = prepare_once_per_node(config)
     run = Runtime(config.engine, config.seed)
     try:
-        with run.watching():
-            run_recipe(open_job(preset, config, info, run), stages)
+        with run.watching(), ExitStack() as stack:
+            job = open_job(preset, config, info, run)
+            run.on_main(lambda: stack.enter_context(occupied(job.directory)))
+            run_recipe(job, stages)
     except Preempted:
         if run.is_main:
             (run_directory(preset, config) / PREEMPTED_MARK).touch()
