@@ -22,7 +22,7 @@ from netslim.launch.mistakes import LOST_RANK, guarded
 
 # A template of a process that has everything imported, of which the ranks are copies: they start in no time.
 context = get_context("forkserver")
-context.set_forkserver_preload(["netslim.launch.recipe", "accelerate", "test_launch_kills"])
+context.set_forkserver_preload(["netslim.launch.recipe", "accelerate", "sklearn.datasets", "test_launch_kills"])
 
 
 @dataclass(frozen=True)

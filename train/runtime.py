@@ -88,7 +88,7 @@ class Runtime:
                 # Statistics are reconciled when they are used; copying rank 0's at each step only costs time.
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(
-                    backend=_backend(config),
+                    backend="gloo" if self._needs_gloo() else "nccl",
                     timeout=timedelta(seconds=max(_JOINING_SECONDS, config.timeout_seconds)),
                 ),
             ],
@@ -123,6 +123,12 @@ class Runtime:
         self.reseed()
         self._arrivals = 0
         self._watch = self._start_watch() if self.world_size > 1 else None
+
+    def _needs_gloo(self) -> bool:
+        """Whether Accelerate must be told; DDP's processes on the CPU it gives gloo in any case."""
+        if uses_cpu():
+            return self._zero is not None
+        return self.config.backend == "gloo" and os.environ.get("WORLD_SIZE", "1") != "1"
 
     def _start_watch(self) -> Watch:
         patience = self.config.timeout_seconds - _ENDING_SECONDS
@@ -371,12 +377,6 @@ class Runtime:
 
 def _is_of_the_group(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
-
-
-def _backend(config: EngineConfig) -> str:
-    if uses_cpu():
-        return "gloo"
-    return "nccl" if config.backend == "auto" else config.backend
 
 
 def _zero_plugin(config: EngineConfig) -> DeepSpeedPlugin | None:
