@@ -115,19 +115,26 @@ class FfcvReader:
     ) -> None:
         self._augment = Augment(augmentation) if augmentation is not None and augmentation.active else None
         steps = [SimpleRGBImageDecoder(), *([self._augment] if self._augment else []), ToTensor(), ToTorchImage()]
-        # Without a seed FFCV draws one from numpy's global generator; the order comes with every epoch anyway.
-        self._loader = Loader(
-            str(path),
-            batch_size=batch_size,
-            num_workers=max(1, num_workers),  # FFCV takes 0 for all cores
-            os_cache=True,
-            seed=0,
-            # Labels are in the index, which is in memory: a pipeline of their own would only be compiled.
-            pipelines={"image": steps, "label": None},
-        )
-        field = self._loader.field_name_to_f_ix["label"]
-        self._labels = torch.from_numpy(self._loader.reader.metadata[f"f{field}"].astype(np.int64))
+        try:
+            # Without a seed FFCV draws one from numpy's global generator; the order comes with every epoch anyway.
+            self._loader = Loader(
+                str(path),
+                batch_size=batch_size,
+                num_workers=max(1, num_workers),  # FFCV takes 0 for all cores
+                os_cache=True,
+                seed=0,
+                # Labels are in the index, which is in memory: a pipeline of their own would only be compiled.
+                pipelines={"image": steps, "label": None},
+            )
+            field = self._loader.field_name_to_f_ix["label"]
+            self._labels = torch.from_numpy(self._loader.reader.metadata[f"f{field}"].astype(np.int64))
+        # all that FFCV and numpy raise, by where the file is odd
+        except (AssertionError, LookupError, TypeError, ValueError, MemoryError) as error:
+            raise ValueError(f"{path} is not a .beton that netslim wrote ({error!r:.200})") from error
         self._device = device
+
+    def __len__(self) -> int:
+        return len(self._labels)
 
     def batches(self, order: NDArray[np.int64], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images `(n, 3, height, width)` uint8, whose memory is used again for later batches, and labels `(n,)`."""

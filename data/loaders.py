@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from netslim.data.info import DataInfo, check_sizes
+from netslim.data.info import DataInfo, check_sizes, damaged
 from netslim.data.pipelines import Augmentation, Shard, epoch_order, normalise, shard_order
 from netslim.data.sources import DataConfig, open_source
 
@@ -143,10 +143,11 @@ def _open_readers(
         from netslim.data.ffcv_loader import FfcvReader  # here: ffcv may be missing
 
         path, workers = info.directory, config.num_workers
-        return (
-            FfcvReader(path / "train.beton", micro_batch, augmentation, workers, device),
-            FfcvReader(path / "test.beton", config.eval_batch_size, None, workers, device),
-        )
+        train = FfcvReader(path / "train.beton", micro_batch, augmentation, workers, device)
+        test = FfcvReader(path / "test.beton", config.eval_batch_size, None, workers, device)
+        if (len(train), len(test)) != (info.num_train, info.num_test):  # FFCV reads past its index without a word
+            raise damaged(path, f"the files hold {len(train)} and {len(test)} images, not as info.json says")
+        return train, test
     from netslim.data.torch_loader import TorchReader
 
     source = open_source(config)

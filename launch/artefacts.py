@@ -1,7 +1,6 @@
 """Stages meet in directories: the weights and the plan, the configuration, and metrics.json, written last."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,10 +11,12 @@ from torch import nn
 from netslim.data.lock import exclusive
 from netslim.launch.config import RunConfig, differences, to_dict
 from netslim.prune import Plan, load, save
+from netslim.prune.artefact import replace_all
 
 METRICS = "metrics.json"
 PREEMPTED_MARK = "preempted"
 """In a run's directory: a signal stopped it after a checkpoint. Exit codes do not pass through every launcher."""
+_LARGEST_JSON = 1 << 24  # bytes; a configuration has two thousand
 
 
 def stage_directory(run_directory: Path, stage: str, ratio: float | None = None) -> Path:
@@ -34,8 +35,12 @@ def stage_directories(run_directory: Path, stages: Sequence[str], ratios: Sequen
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a stage finished here: its metrics.json, the last file it writes, is there."""
-    return (directory / METRICS).is_file()
+    """Whether a stage finished here: its metrics.json, the last file it writes, is there.
+
+    Raises ValueError where it is damaged: now, and not when the results are written after the stages that follow.
+    """
+    path = directory / METRICS
+    return path.is_file() and read_json(path) is not None
 
 
 def write_stage(
@@ -61,8 +66,10 @@ def read_stage(directory: Path, build: Callable[[], nn.Module], command: str) ->
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError that names the file where it holds no JSON object."""
     try:
+        if path.stat().st_size > _LARGEST_JSON or not path.is_file():  # a pipe or a device might never end
+            raise ValueError("it is too large, or no file")
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete its directory to make it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged (no JSON object); delete its directory to make it again")
@@ -71,15 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Written aside and renamed, so that the file is whole or not there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_all(path.parent, {path.name: json.dumps(values, indent=2).encode()})
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from netslim.data import check_batch_size, prepare
-from netslim.launch.artefacts import PREEMPTED_MARK, claim, is_complete, read_json, stage_directories
+from netslim.launch.artefacts import PREEMPTED_MARK, claim, is_complete, stage_directories
 from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.describe import config_of_run, describe
@@ -16,7 +16,7 @@ from netslim.launch.export import export_run
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
 from netslim.launch.recipe import STAGES, start
-from netslim.launch.report import format_table
+from netslim.launch.report import format_table, read_rows
 from netslim.train import check_devices, check_model, num_gpus
 
 COMMANDS = {
@@ -79,7 +79,7 @@ def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments:
         code = start_processes(preset, config, stages, arguments, num_processes)
         if code:
             return code
-    print(format_table(read_json(directory / "results.json")["rows"]))
+    print(format_table(read_rows(directory)))
     print(f"{directory}/results.json")
     return 0
 

@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -68,6 +69,10 @@ class RunConfig:
 
 
 _ADAPTER = TypeAdapter(RunConfig)
+_LARGEST_FILE = 1 << 20  # bytes of a --config file; a whole configuration has two thousand
+_MOST_ALIASES = 20  # in one; each may double what the file grows to
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 Config = TypeVar("Config")
 
 # Fields that say where and how a run is made, not what comes out: they may differ when a run directory is used again.
@@ -81,6 +86,10 @@ _FREE_FIELDS = (
     "cpu",
     "data.cache",
     "data.num_workers",
+    "engine.backend",
+    "engine.timeout_seconds",
+    "sparsify.skip_nonfinite",
+    "finetune.skip_nonfinite",
     "prune.ratio",
 )
 
@@ -169,6 +178,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
+def fixed_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of a configuration (as ``to_dict`` gives it) that change what comes out of a run, by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if name not in _FREE_FIELDS:
+            found |= fixed_fields(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def _spell_out_model(arguments: Sequence[str]) -> list[str]:
     """Write ``--model NAME`` in full: another network, at its own width where no ``--model.width`` is given."""
     named = [re.sub(r"^--model(?==|$)", "--model.name", argument) for argument in arguments]
@@ -190,12 +209,33 @@ def _take_config_file(arguments: Sequence[str]) -> tuple[list[str], Path | None]
     return rest, file
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses what is a mistake or an attack: a field given twice, too many aliases."""
+
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > _MOST_ALIASES:
+            raise yaml.YAMLError(f"more than {_MOST_ALIASES} aliases")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise yaml.YAMLError(f"{twice[0]} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def _merge_file(preset: RunConfig, file: Path) -> RunConfig:
     if not file.is_file():
         raise FileNotFoundError(f"--config {file}: there is no such file")
+    if file.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"--config {file} has {file.stat().st_size} bytes, no configuration has so many")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML too
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # JSON is YAML too
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also for dates and numbers
         raise ValueError(f"--config {file} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"--config {file} holds {type(values).__name__}, not fields with values")
@@ -219,7 +259,7 @@ def _describe(error: ValidationError, known: Sequence[str]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return message
-    return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name} is {_SHORT.repr(first['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from netslim.launch.artefacts import METRICS, is_complete, read_json, stage_directory
 from netslim.launch.config import read_flags
 from netslim.launch.describe import config_of_run
-from netslim.launch.report import aligned
+from netslim.launch.report import aligned, read_row
 from netslim.prune import Format, Plan, cost, export, folded, latency, load, load_plan, save
 from netslim.train import build_model
 
@@ -81,7 +81,7 @@ def _finished(run: Path) -> dict[float, Path]:
     """The stage to export for each ratio."""
     order = ("prune-*", "finetune-*")  # of one ratio the last counts
     found = [path.parent for stage in order for path in sorted(run.glob(f"{stage}/{METRICS}"))]
-    return {read_json(stage / METRICS)["ratio"]: stage for stage in ([run] if is_complete(run) else found)}
+    return {read_row(stage / METRICS).ratio: stage for stage in ([run] if is_complete(run) else found)}
 
 
 def _command(run: Path) -> str:

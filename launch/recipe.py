@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from netslim.data import DataInfo, Loaders, Shard, open_loaders, prepare
+from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_loaders, prepare
 from netslim.launch.artefacts import (
     PREEMPTED_MARK,
     claim,
@@ -26,7 +26,7 @@ from netslim.launch.artefacts import (
     stage_directory,
     write_stage,
 )
-from netslim.launch.config import RunConfig, parse, run_directory, to_dict
+from netslim.launch.config import RunConfig, fixed_fields, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
@@ -178,7 +178,8 @@ def train(
     """Fit the model and leave the artefact; with ``gammas`` it is sparsity training. First, the record ``says``."""
     started = time.perf_counter()
     store = Store(directory / "checkpoints", job.config.checkpoint.keep)
-    identity = {**row, "preset": job.preset, "plan": None if plan is None else plan.digest}
+    about = {**row, "preset": job.preset, "plan": None if plan is None else plan.digest}
+    identity = {**about, **fixed_fields(to_dict(job.config))}
     saver = Saver(store, job.run, job.config.checkpoint, identity)
     with open_record(job, directory, row) as record:
         if says:
@@ -263,6 +264,7 @@ def start(preset: str, config: RunConfig, stages: Sequence[str] = STAGES) -> Non
 
 def open_job(preset: str, config: RunConfig, info: DataInfo, run: Runtime) -> Job:
     """Claim the run's directory and open this rank's share of the images."""
+    check_batch_size(config.data.batch_size, run.world_size, config.engine.accumulation)  # before anything is written
     directory = run_directory(preset, config)
     run.on_main(lambda: claim(directory, preset, config))
     loaders = open_loaders(

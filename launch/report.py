@@ -1,13 +1,32 @@
 """What a run came to: results.json for scripts, a table for people."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from netslim.launch.artefacts import METRICS, read_json, write_json
 
-_COLUMNS = ("stage", "ratio", "accuracy", "params", "macs", "file_mb", "seconds")
 _STAGES = {"sparse": "sparse", "prune": "cut", "finetune": "finetuned"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table says of a stage; None is not measured."""
+
+    stage: Literal["sparse", "cut", "finetuned"]
+    ratio: float
+    accuracy: float | None = None
+    params: int | None = None
+    macs: int | None = None
+    file_mb: float | None = None
+    seconds: float | None = None
+
+
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
 
 
 def write_results(directory: Path, **about: Any) -> None:
@@ -15,9 +34,30 @@ def write_results(directory: Path, **about: Any) -> None:
     write_json(directory / "results.json", {**about, "rows": _rows(directory)})
 
 
+def read_row(path: Path) -> Row:
+    """What a stage's metrics.json says; ValueError that names the file where that is not what was written."""
+    return _checked(read_json(path), path)
+
+
+def read_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of results.json; ValueError that names the file where they are not what was written."""
+    path = directory / "results.json"
+    rows = read_json(path).get("rows")
+    return [dataclasses.asdict(_checked(row, path)) for row in (rows if isinstance(rows, list) else [rows])]
+
+
+def _checked(values: Any, path: Path) -> Row:
+    try:
+        return TypeAdapter(Row).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise ValueError(f"{path} is damaged ({what}); delete its directory to make it again") from None
+
+
 def _rows(directory: Path) -> list[dict[str, Any]]:
     rows = [
-        {column: read_json(path).get(column) for column in _COLUMNS}
+        dataclasses.asdict(read_row(path))
         for path in directory.glob(f"*/{METRICS}")
         if path.parent.name.split("-")[0] in _STAGES
     ]

@@ -20,6 +20,7 @@ from netslim.prune.plan import Plan
 from netslim.prune.surgery import cut
 
 WEIGHTS, PLAN = "weights.safetensors", "plan.json"
+_LARGEST_PLAN = 1 << 24  # bytes; the plan of a DenseNet-201 has 0.7 million
 
 
 def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str], origin: Origin | None = None) -> None:
@@ -75,6 +76,8 @@ def load_plan(directory: str | os.PathLike[str]) -> Plan | None:
     """Read the plan in a directory; None if there is none, ValueError naming the file if it is damaged."""
     path = Path(directory) / PLAN
     try:
+        if path.stat().st_size > _LARGEST_PLAN or not path.is_file():  # a pipe or a device might never end
+            raise ValueError("not a plan: it is too large, or no file")
         return Plan.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
@@ -107,7 +110,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if not isinstance(about, dict):
                 raise ValueError("its metadata are not what was written")
             return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    # of torch: TypeError and RuntimeError, for shapes that no tensor can have
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         what = str(error).partition("\n")[0]
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {what}") from None
 

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -33,15 +34,44 @@ def netslim(
     return run
 
 
+class Disk:
+    """A small file system of its own, in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def mount(self, options: str) -> None:
+        """Mount it, or once it is mounted change its size or what may be done with it."""
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.path)]
+        if subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode:
+            pytest.skip("this machine lets nobody mount a file system")
+
+    def resize(self, num_bytes: int) -> None:
+        self.mount(f"remount,size={num_bytes}")
+
+    def fill(self) -> Path:
+        """Leave not a byte of room; returns the file that takes it."""
+        ballast = self.path / "ballast"
+        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        return ballast
+
+
 @pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, too small for any weights."""
-    directory = tmp_path / "full"
-    directory.mkdir()
-    mount = shutil.which("mount")
-    if os.geteuid() != 0 or mount is None:
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A file system of 64 MiB."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("only root may mount a small file system")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", directory], check=False).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
+    found = Disk(tmp_path / "disk")
+    found.path.mkdir()
+    found.mount("size=64m")
+    yield found
+    subprocess.run(["umount", "--lazy", found.path], check=True)
+
+
+@pytest.fixture
+def full_disk(disk: Disk) -> Path:
+    """A file system of 64 KiB, too small for any weights."""
+    disk.resize(64 << 10)
+    return disk.path

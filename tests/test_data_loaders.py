@@ -112,6 +112,57 @@ def test_an_epoch_can_start_in_its_middle(config: DataConfig, loader: Any) -> No
     assert torch.equal(epoch(opened, 1, first_batch=5)[0], epoch(opened, 1)[0][5:])
 
 
+class Watched:
+    """A reader that notes which samples each batch is of."""
+
+    def __init__(self, reader: Any, size: int) -> None:
+        self.reader, self.size = reader, size
+
+    def batches(self, order: Any, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        samples = torch.from_numpy(order).split(self.size)
+        for (images, labels), indices in zip(self.reader.batches(order, number), samples, strict=True):
+            yield images, torch.stack([labels, indices], dim=1)  # type: ignore[misc]  # where labels go, indices go too
+
+
+def global_batches(opened: list[Loaders], number: int, first: int, last: int, parts: int) -> list[list[Tensor]]:
+    """Images, and labels beside sample indices, of the steps [first, last) of an epoch, from all ranks together."""
+    epochs = [each.train.epoch(number, first * parts) for each in opened]
+    steps = []
+    for _ in range(first, last):
+        micro_batches = [next(batches) for _ in range(parts) for batches in epochs]
+        steps.append([torch.cat(tensors) for tensors in zip(*micro_batches, strict=True)])
+    for batches in epochs:
+        batches.close()  # type: ignore[attr-defined]  # as by a process that ends here
+    return steps
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_an_epoch_goes_on_at_every_step_with_the_same_samples_and_pixels(
+    config: DataConfig, loader: Any, before: int, after: int, accumulation: int
+) -> None:
+    config = replace(config, loader=loader, num_workers=0, batch_size=288, size=16, flip=True, pad=2)
+    info = prepare(config, quiet=True)
+
+    def opened(ranks: int) -> list[Loaders]:
+        found = [loaders(config, info, rank, ranks, accumulation) for rank in range(ranks)]
+        for each in found:
+            each.train._reader = Watched(each.train._reader, 288 // (ranks * accumulation))  # type: ignore[assignment]
+        return found
+
+    steps = 5
+    want = global_batches(opened(1), 1, 0, steps, accumulation)
+    assert len(torch.cat([about[:, 1] for _, about in want]).unique()) == steps * 288
+    first, second = opened(before), opened(after)
+    for k in range(steps):
+        have = global_batches(first, 1, 0, k, accumulation) + global_batches(second, 1, k, steps, accumulation)
+        for (images, about), (want_images, want_about) in zip(have, want, strict=True):
+            assert torch.equal(about, want_about)
+            assert torch.equal(images, want_images)
+    assert [len(each.train) for each in second] == [steps * accumulation] * after
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_test_image_comes_exactly_once(config: DataConfig, info: DataInfo, ranks: int) -> None:
     parts = [loaders(config, info, rank, ranks).test for rank in range(ranks)]

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ FORMAT = 1
 
 _TENSORS, _VALUES, _MANIFEST = "tensors.safetensors", "values.json", "manifest.json"
 _LARGEST_MANIFEST = 1 << 20  # bytes; ours have some hundred
+_LARGEST_VALUES = 1 << 26  # bytes; ours have some hundred an epoch
 _NAME = re.compile(r"step-(\d{8,})")
+_LEFT = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,21 @@ class Store:
     def newest(self, say: Callable[[str], None]) -> Snapshot | None:
         """Read the newest checkpoint that verifies; `say` is told of each newer one that does not, and why.
 
-        Raises: ValueError where there are checkpoints and none of them can be used.
+        Raises: ValueError, with the reason of each, where there are checkpoints and none of them can be used.
         """
-        found = self._all()
-        for path in reversed(found):
+        reasons = []
+        for path in reversed(self._all()):
             try:
-                return read(path)
+                found = read(path)
             except ValueError as error:
-                say(f"{error}; the checkpoint before it is used")
-        if found:
+                reasons.append(str(error))
+                continue
+            for reason in reasons:
+                say(f"{reason}; the checkpoint before it is used")
+            return found
+        if reasons:
             raise ValueError(
-                f"none of the {len(found)} checkpoints in {self.directory} can be used; "
+                f"{'; '.join(reasons)}; none of the {len(reasons)} checkpoints in {self.directory} can be used; "
                 "delete the directory to start anew"
             )
         return None
@@ -96,9 +103,10 @@ class Store:
         return read(self._path(step))
 
     def sweep(self) -> None:
-        """Delete what interrupted writes left behind."""
-        for path in self.directory.glob(".*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """Delete what interrupted writes left behind, and nothing else: the directory may be a link to anywhere."""
+        for path in self.directory.glob(".step-*"):
+            if _LEFT.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
@@ -106,7 +114,8 @@ class Store:
     def _all(self) -> list[Path]:
         if not self.directory.is_dir():
             return []
-        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=_step_of)
+        named = (path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+        return sorted((path for path in named if path == self._path(_step_of(path))), key=_step_of)
 
     def _delete_others(self, newest: Path, best_step: int | None) -> None:
         found = self._all()
@@ -127,39 +136,57 @@ def read(path: Path) -> Snapshot:
         try:
             expected = manifest["files"][name]
             size, sha256 = expected["bytes"], expected["sha256"]
-            file = path / name
-            if file.stat().st_size != size:
-                raise ValueError(f"{name} has {file.stat().st_size} bytes, {size} were written")
-            contents[name] = file.read_bytes()
+            found = _size(path / name)
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes, {size} were written")
+            if name == _VALUES and found > _LARGEST_VALUES:
+                raise ValueError(f"{name} has {found} bytes")
+            contents[name] = (path / name).read_bytes()
             if hashlib.sha256(contents[name]).hexdigest() != sha256:
                 raise ValueError(f"{name} has changed since it was written (sha256 differs)")
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError, OSError, MemoryError) as error:
             raise ValueError(f"checkpoint {path} is damaged: {_first_line(error)}") from None
     try:
         values = json.loads(contents[_VALUES])
-        return Snapshot(values.pop("step"), safetensors.torch.load(contents[_TENSORS]), values)
-    except (KeyError, AttributeError, ValueError, RecursionError, SafetensorError) as error:
+        step = values.pop("step")
+        if type(step) is not int or (_NAME.fullmatch(path.name) and step != _step_of(path)):
+            raise ValueError(f"{_VALUES} is of step {step!r:.40}")
+        return Snapshot(step, safetensors.torch.load(contents[_TENSORS]), values)
+    # of torch: TypeError and RuntimeError, for shapes that no tensor can have
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {_first_line(error)}") from None
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        file = path / _MANIFEST
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise ValueError(f"{_MANIFEST} has {file.stat().st_size} bytes")
-        manifest = json.loads(file.read_bytes())
+        if path.is_symlink():
+            raise ValueError("it is a link")
+        size = _size(path / _MANIFEST)
+        if size > _LARGEST_MANIFEST:
+            raise ValueError(f"{_MANIFEST} has {size} bytes")
+        manifest = json.loads((path / _MANIFEST).read_bytes())
         version = manifest["format"]
     except (KeyError, TypeError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {_first_line(error)}") from None
     if version != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {version!r}, this netslim reads {FORMAT}; use the one it is of")
+        raise ValueError(
+            f"checkpoint {path} has format {version!r:.40}, this netslim reads {FORMAT}; use the one it is of"
+        )
     return cast(dict[str, Any], manifest)
+
+
+def _size(file: Path) -> int:
+    """The bytes of a file; ValueError for what only looks like one: reading a pipe or a device might never end."""
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{file.name} is no regular file")
+    return status.st_size
 
 
 def _first_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{Path(str(error.filename)).name}: {error.strerror}"
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _step_of(path: Path) -> int:

@@ -60,7 +60,7 @@ class Masters:
         device: torch.device,
         sum_over_ranks: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self._shapes, self._fragments, self._optimizer, self._device = shapes, fragments, optimizer, device
+        self.shapes, self._fragments, self._optimizer, self._device = shapes, fragments, optimizer, device
         self._sum_over_ranks = sum_over_ranks
         """None: every rank has all of every parameter."""
 
@@ -95,7 +95,7 @@ class Masters:
         found = {}
         for name, fragment in self._fragments.items():
             held = None if fragment is None else holder(fragment)
-            flat = torch.zeros(self._shapes[name].numel(), device=self._device)
+            flat = torch.zeros(self.shapes[name].numel(), device=self._device)
             if fragment is not None and held is not None:
                 flat[fragment.offset :][: fragment.count] = fragment.of(held.detach()).flatten()
             found[name] = flat
@@ -103,4 +103,4 @@ class Masters:
             total = self._sum_over_ranks(torch.cat(list(found.values())))
             pieces = torch.split(total, [flat.numel() for flat in found.values()])
             found = dict(zip(found, pieces, strict=True))
-        return {name: flat.view(self._shapes[name]) for name, flat in found.items()}
+        return {name: flat.view(self.shapes[name]) for name, flat in found.items()}
