@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import wandb
+from test_train_distributed import Shares, network, new_runtime
+from test_train_resume import CrashError, Dying
 from torch import nn
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
-from netslim.train import Record, RecordConfig
+from netslim.train import CheckpointConfig, EngineConfig, FitConfig, Record, RecordConfig, Saver, Store, fit
 from netslim.train import record as under_test
 from netslim.train.record import _Probe, _Wandb, _wandb_mode
 
@@ -370,3 +372,20 @@ def test_there_is_no_id_where_there_is_no_wandb(is_main: bool, wanted: Any, tmp_
         record.resume(epochs(1, 1), "0123abcd")
         assert record.wandb_id is None
     assert not (tmp_path / "wandb").exists()
+
+
+def test_a_checkpoint_holds_the_id(
+    tmp_path: Path, address: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    found = []
+    for batches in (5, 100):  # of four an epoch
+        run = new_runtime(EngineConfig())
+        saver = Saver(Store(tmp_path / "sparse" / "checkpoints", 2), run, CheckpointConfig())
+        images = Dying(run, 4, batches=batches)
+        with suppress(CrashError), Record("sparse", tmp_path / "sparse", is_main=True, config=OFFLINE) as record:
+            fit(network(), images, Shares(run, 10), FitConfig(epochs=2), run=run, record=record, saver=saver)
+        run.close()
+        found.append(record.wandb_id)
+    assert found[0] == found[1]
+    assert [[line["epoch"] for line in wandb_history(run)] for run in wandb_runs(tmp_path)] == [[1], [1, 2]]

@@ -122,6 +122,7 @@ class Saver:
                 "epoch": progress.epoch,
                 "step_in_epoch": progress.step,
                 "metrics": progress.metrics,
+                "wandb_id": training.record.wandb_id,
                 "seconds": progress.seconds_so_far(),
                 "world_size": self.run.world_size,
                 "scaler": self.run.scaler_state(),
@@ -148,7 +149,7 @@ class Saver:
         snapshot = self.run.on_all(lambda: store.read(step))
         self._check_identity(snapshot)
         progress = _restore(training, snapshot)
-        record.resume(progress.metrics)
+        record.resume(progress.metrics, snapshot.values.get("wandb_id"))
         record.say(f"goes on from the checkpoint after step {step}")
         return progress
 
