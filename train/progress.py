@@ -135,6 +135,7 @@ class Saver:
                 "epoch": progress.epoch,
                 "step_in_epoch": progress.step,
                 "metrics": list(progress.metrics),
+                "wandb_id": training.record.wandb_id,
                 "seconds": progress.seconds_so_far(),
                 "skipped": progress.skipped,
                 "world_size": self.run.world_size,
@@ -192,7 +193,7 @@ class Saver:
 
         snapshot = self.run.on_all(read)
         progress = _restore(training, snapshot)
-        record.resume(progress.metrics)
+        record.resume(progress.metrics, snapshot.values.get("wandb_id"))
         record.say(f"goes on from the checkpoint after step {step}")
         return progress
 
@@ -237,6 +238,7 @@ class _Values:
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     world_size: Annotated[int, Field(ge=1)]
     skipped: Annotated[int, Field(ge=0)]
+    wandb_id: Annotated[str, Field(pattern="^[0-9a-z]{1,40}$")] | None
     scaler: dict[str, float | int]
 
 
