@@ -270,6 +270,13 @@ def test_the_server_is_looked_for_through_the_proxy(
         assert _Probe().finds_server()
 
 
+def train_some_seconds(record: Record) -> None:
+    """So long that it is known whether there is a server."""
+    assert record._wandb is not None
+    if record._wandb._probe is not None:
+        record._wandb._probe.join()
+
+
 def test_a_server_that_falls_silent_keeps_no_run_from_ending(
     tmp_path: Path,
     address: Callable[[str], None],
@@ -281,6 +288,7 @@ def test_a_server_that_falls_silent_keeps_no_run_from_ending(
         address(there.url)
         for stage in ("sparse", "finetune-0.50"):
             with Record(stage, tmp_path / stage, is_main=True, config=RecordConfig(wandb="online")) as record:
+                train_some_seconds(record)
                 record.epoch(METRICS, nn.Identity())
                 there.is_alive.clear()
                 record.epoch({**METRICS, "epoch": 2}, nn.Identity())
@@ -305,6 +313,7 @@ def test_a_server_that_starts_no_run_is_waited_for_once(
         there.is_alive.clear()
         for stage in ("sparse", "finetune-0.50"):
             with Record(stage, tmp_path / stage, is_main=True, config=RecordConfig(wandb="online")) as record:
+                train_some_seconds(record)
                 record.epoch(METRICS, nn.Identity())
                 assert (tmp_path / "wandb" / "latest-run").readlink().name.endswith(record.wandb_id or "")
     (warning,) = capfd.readouterr().err.splitlines()

@@ -133,7 +133,7 @@ class Record:
 class _Wandb:
     """The W&B run of one stage, which can cost the training neither its life nor more than seconds.
 
-    A server that does not answer is noticed while the first epoch runs; one that stops answering, by a limit on every
+    A server that does not answer is noticed while the first epochs run; one that stops answering, by a limit on every
     wait. What W&B would show is on disk in each case, for `wandb sync`.
     """
 
@@ -165,6 +165,9 @@ class _Wandb:
         self._is_out = False
         self._is_resumed = False
         self._earlier: list[dict[str, Any]] = []
+        """Epochs of earlier processes."""
+        self._waiting: list[dict[str, Any]] = []
+        """Epochs that ended before it was known whether there is a server."""
         self._probe: _Probe | None = None
         self._mode = self._attempt("start", lambda: _wandb_mode(config, _has_key))
         if self._mode == "online" and not _Wandb.stays_offline:
@@ -176,14 +179,20 @@ class _Wandb:
             self.id, self._is_resumed = run_id, True
 
     def log(self, metrics: dict[str, Any], model: nn.Module) -> None:
+        line = self._attempt("log", lambda: {**metrics, **_gamma_histograms(model)})
+        if self._run is None and self._probe is not None and self._probe.is_alive():
+            self._waiting.append(line)  # the training does not wait for the answer, only the end of the stage does
+            return
         self._start()
-        self._attempt("log", lambda: _log(self._run, {**metrics, **_gamma_histograms(model)}))
+        self._attempt("log", lambda: _log(self._run, line))
 
     def summarise(self, summary: dict[str, Any]) -> None:
         self._start()
         self._attempt("log", lambda: self._run.summary.update(summary))
 
     def finish(self, exit_code: int) -> None:
+        if self._waiting:
+            self._start()
         if self._run is not None:
             self._attempt("finish", lambda: self._finish(exit_code))
 
@@ -233,8 +242,9 @@ class _Wandb:
             self._say(f"{trouble}; recording offline, upload later with {_remedy(run)}", warning=True)
         run.define_metric("epoch")
         run.define_metric("*", step_metric="epoch")
-        for line in self._earlier:
+        for line in (*self._earlier, *self._waiting):
             _log(run, line)
+        self._waiting.clear()
         return run
 
     def _why_not_online(self) -> str | None:
