@@ -45,9 +45,8 @@ def launch(
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         parsed = launch_command_parser().parse_args(launcher_arguments)
-        parsed.signals_to_handle = (
-            "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun has a flag for it, Accelerate none
-        )
+        # torchrun has a flag for it, Accelerate none
+        parsed.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
         launch_command(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -57,4 +56,4 @@ def launch(
         raise LostRankError(f"{stage()}: {name} ended rank {rank}") from None
     except SignalException as error:  # the launcher was told to stop, and has ended its processes
         return PREEMPTED if was_preempted() else 128 + int(error.sigval)
-    return 0
+    return PREEMPTED if was_preempted() else 0

@@ -30,7 +30,8 @@ def guarded(body: Callable[[], int | None]) -> int:
     except Preempted as reason:
         if os.environ.get("RANK", "0") == "0":
             print(f"netslim: {reason}; the same command goes on from there", file=sys.stderr, flush=True)
-        return PREEMPTED
+        # a launcher that may restart takes every other code for a failure, and would
+        return 0 if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else PREEMPTED
     except (ValueError, FloatingPointError, OSError) as error:
         if not _is_mistake(error):
             raise

@@ -97,8 +97,8 @@ class Run:
 def start(tmp_path: Path, flags: list[object]) -> Iterator[Callable[[], Run]]:
     runs: list[Run] = []
 
-    def begin() -> Run:
-        runs.append(Run(tmp_path / "run", flags))
+    def begin(*more: object) -> Run:
+        runs.append(Run(tmp_path / "run", [*flags, *more]))
         return runs[-1]
 
     yield begin
@@ -143,18 +143,18 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_it_goes_on_from_the_check
 
 
 @pytest.mark.parametrize(
-    ("number", "whom"),
+    ("number", "whom", "restarts"),
     [
-        (signal.SIGUSR1, "rank 1"),
-        pytest.param(signal.SIGTERM, "rank 1", marks=pytest.mark.slow),
-        (signal.SIGTERM, "the launcher"),
-        pytest.param(signal.SIGUSR1, "the launcher", marks=pytest.mark.slow),
+        (signal.SIGUSR1, "rank 1", 1),
+        pytest.param(signal.SIGTERM, "rank 1", 0, marks=pytest.mark.slow),
+        (signal.SIGTERM, "the launcher", 0),
+        pytest.param(signal.SIGUSR1, "the launcher", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_told_to_stop_leaves_a_checkpoint_and_goes_on_from_it(
-    number: signal.Signals, whom: str, start: Callable[[], Run], undisturbed: tuple[Path, float]
+    number: signal.Signals, whom: str, restarts: int, start: Callable[..., Run], undisturbed: tuple[Path, float]
 ) -> None:
-    run = start()
+    run = start("--max-restarts", restarts)
     assert run.wait_until(is_training(run, "sparse"))
     (run.ranks()[1] if whom == "rank 1" else psutil.Process(run.process.pid)).send_signal(number)
     code, said, _ = run.finish()

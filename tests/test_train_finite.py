@@ -20,6 +20,8 @@ NUMBERS = {"NaN": torch.nan, "infinity": torch.inf}
 WHERE = ("loss", "gradient", "gamma")
 BAD = {case: random.Random(str(case)).randrange(1, STEPS - 1) for case in ((a, b) for a in WHERE for b in NUMBERS)}
 """At which step, counted from 0."""
+CASES = [*BAD]
+NUMBERS["slightly"], BAD["weights", "slightly"] = 1e-3, 2
 FOR_GOOD = ("gamma", "NaN")
 """A gamma stays spoiled, so that all steps after it fail too."""
 Found = dict[str, tuple[str, dict[str, Tensor]]]
@@ -33,6 +35,8 @@ class Spoilable(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if "gamma" in spoiling:
             self.weight.data[0] = spoiling["gamma"]
+        if "weights" in spoiling:
+            self.weight.data[0] += spoiling["weights"]
         out = super().forward(x)
         if "gradient" in spoiling and out.requires_grad:
             number = spoiling["gradient"]
@@ -89,10 +93,10 @@ def stop_at_each(directory: Path) -> dict[tuple[str, str], Found]:
     engine = EngineConfig(batch_norm="frozen")
     return {
         case: {
-            "have": train(directory, engine, case, bad=bad, skip=0),
-            "want": train(directory, engine, None, bad=bad, skip=0),
+            "have": train(directory, engine, case, bad=BAD[case], skip=0),
+            "want": train(directory, engine, None, bad=BAD[case], skip=0),
         }
-        for case, bad in BAD.items()
+        for case in CASES
     }
 
 
@@ -114,7 +118,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, st
     return run_ranks(stop_at_each, 2, directory, directory / "run")
 
 
-@pytest.mark.parametrize("case", BAD, ids=" is ".join)
+@pytest.mark.parametrize("case", CASES, ids=" is ".join)
 def test_no_rank_applies_a_step_that_is_not_finite_on_one(case: tuple[str, str], stopped: list) -> None:
     for results in stopped:
         error, weights = results[case]["have"]
@@ -137,6 +141,19 @@ def test_a_step_that_may_be_left_out_leaves_nothing_behind(zero: int, tmp_path: 
             assert said == ""
             for name in want:
                 assert torch.equal(have[name], want[name]), (case, name)
+
+
+def spoil_weights(directory: Path) -> str:
+    try:
+        train(directory, EngineConfig(batch_norm="frozen"), ("weights", "slightly"), bad=0, skip=0)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_weights_that_come_to_differ_between_ranks_are_found_at_the_end_of_the_epoch(tmp_path: Path) -> None:
+    for said in run_ranks(spoil_weights, 2, tmp_path, tmp_path / "run"):
+        assert said == "sparse, epoch 1: the weights of rank 1 differ from those of rank 0"
 
 
 def spoil_all(directory: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from netslim.train.checkpoint import Snapshot, Store
+from netslim.train.contents import check_contents
 from netslim.train.runtime import Runtime
 from netslim.train.statistics import combined
 
@@ -183,7 +183,7 @@ class Saver:
             snapshot = store.read(step)
             self._check_identity(snapshot)
             try:
-                _check_content(training, snapshot)
+                check_contents(training, snapshot)
             except ValueError as error:
                 raise ValueError(
                     f"the checkpoint after step {step} in {store.directory} is not one that this run saves ({error}); "
@@ -218,74 +218,6 @@ def _own_state(training: Training, progress: Progress) -> dict[str, Tensor]:
     if progress.sums is not None:
         own["sums"] = progress.sums
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in own.items()}
-
-
-@validated(frozen=True, kw_only=True, config=ConfigDict(strict=True))
-class _Line:
-    """What is needed of an epoch's metrics."""
-
-    step: int
-    accuracy: float
-
-
-@validated(frozen=True, kw_only=True, config=ConfigDict(strict=True))
-class _Values:
-    """The values of a checkpoint."""
-
-    epoch: Annotated[int, Field(ge=0)]
-    step_in_epoch: Annotated[int, Field(ge=0)]
-    metrics: list[_Line]
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    world_size: Annotated[int, Field(ge=1)]
-    skipped: Annotated[int, Field(ge=0)]
-    wandb_id: Annotated[str, Field(pattern="^[0-9a-z]{1,40}$")] | None
-    scaler: dict[str, float | int]
-
-
-def _check_content(training: Training, snapshot: Snapshot) -> None:
-    """Raise ValueError, before anything is restored, unless the snapshot holds what `Saver.save` puts in one.
-
-    Hashes say that files are those that were written, not by whom: a checkpoint may come from a stranger.
-    """
-    try:
-        # through JSON: in strict mode Python's dictionaries are no dataclasses, JSON's objects are
-        values = TypeAdapter(_Values).validate_json(json.dumps(dict(snapshot.values)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    epochs, steps = training.config.epochs, training.steps_per_epoch
-    place = Progress(epoch=values.epoch, step=values.step_in_epoch)
-    if place.epoch > epochs or place.step > steps or training.step_number(place) != snapshot.step:
-        raise ValueError(f"epoch {place.epoch + 1} step {place.step} of {epochs} epochs of {steps} steps")
-    if len(values.metrics) != values.epoch:
-        raise ValueError(f"metrics of {len(values.metrics)} epochs, {values.epoch} were done")
-    if not values.scaler.keys() <= training.run.scaler_state().keys():
-        raise ValueError("a loss scaler's state that is none")
-    have = {name: (tensor.shape, tensor.dtype) for name, tensor in snapshot.tensors.items()}
-    if values.world_size > len(have):  # else the next lines would take as long as it says
-        raise ValueError(f"{len(have)} tensors of {values.world_size} processes")
-    want = {
-        f"{prefix}/{name}": (shape, torch.float32)
-        for prefix in ("weights", "momenta")
-        for name, shape in training.masters.shapes.items()
-    }
-    random = torch.get_rng_state()
-    for rank in range(values.world_size):
-        own = {f"buffers/{name}": (value.shape, value.dtype) for name, value in training.trained.named_buffers()}
-        own |= {"rng/cpu": (random.shape, random.dtype)}
-        optional = {"sums": (torch.Size([3]), torch.float64), "rng/cuda": (torch.Size([16]), torch.uint8)}
-        own |= {name: what for name, what in optional.items() if f"ranks/{rank}/{name}" in have}
-        want |= {f"ranks/{rank}/{name}": what for name, what in own.items()}
-    odd = sorted(name for name in {*want, *have} if want.get(name) != have.get(name))
-    if odd:
-        raise ValueError(f"{len(odd)} tensors are missing, unexpected or of another shape, as {odd[0]!r:.80}")
-    if len({f"ranks/{rank}/sums" in have for rank in range(values.world_size)}) > 1:
-        raise ValueError("sums of some ranks only")
-    for rank in range(values.world_size):
-        try:
-            torch.Generator().set_state(snapshot.tensors[f"ranks/{rank}/rng/cpu"])
-        except RuntimeError as error:
-            raise ValueError(f"the random numbers of rank {rank}: {error}") from None
 
 
 def _restore(training: Training, snapshot: Snapshot) -> Progress:

@@ -132,7 +132,8 @@ class Runtime:
 
     def _start_watch(self) -> Watch:
         patience = self.config.timeout_seconds - _ENDING_SECONDS
-        set_timeout = getattr(torch.distributed, "set_timeout", distributed_c10d._set_pg_timeout)  # torch 2.14
+        # torch before 2.14 has it under another name
+        set_timeout = getattr(torch.distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout
         set_timeout(timedelta(seconds=patience))
         store = distributed_c10d._get_default_store().clone()  # another connection: the first one may be waiting
         return Watch(
