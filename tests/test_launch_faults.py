@@ -147,7 +147,7 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_it_goes_on_from_the_check
     [
         (signal.SIGUSR1, "rank 1", 1),
         pytest.param(signal.SIGTERM, "rank 1", 0, marks=pytest.mark.slow),
-        (signal.SIGTERM, "the launcher", 0),
+        pytest.param(signal.SIGTERM, "the launcher", 0, marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, "the launcher", 1, marks=pytest.mark.slow),
     ],
 )
@@ -210,6 +210,7 @@ def test_50_random_faults_end_their_runs_in_time(tmp_path: Path, flags: list[obj
         print(f"{attempt}: {number.name} of rank {fault.rank} in {place} {fault.count}: {seconds:.2f} s", flush=True)
 
 
+@pytest.mark.slow
 def test_processes_whose_launcher_is_killed_save_and_end(
     start: Callable[[], Run], undisturbed: tuple[Path, float]
 ) -> None:
