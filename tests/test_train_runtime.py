@@ -1,6 +1,8 @@
 """What ranks do together, on two real ones."""
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from netslim.train import EngineConfig, Runtime
+from netslim.train import EngineConfig, LostRankError, Runtime
 
 
 def fail(message: str) -> None:
@@ -88,3 +90,20 @@ def test_statistics_become_those_of_all_ranks_together(ranks: list[dict[str, Any
 def test_unequal_weights_are_noticed_and_equal_ones_have_one_digest(ranks: list[dict[str, Any]]) -> None:
     assert all("rank 1 differ from those of rank 0" in seen["unequal"] for seen in ranks)
     assert ranks[0]["digest"] == ranks[1]["digest"]
+
+
+def hang() -> str:
+    """Rank 1 never comes to the sum, though it runs."""
+    run = Runtime(EngineConfig(timeout_seconds=10), seed=0)
+    if run.rank == 1:
+        time.sleep(100)
+    with pytest.raises(LostRankError) as caught, run.watching(), run.at("a test"):
+        run.sum_over_ranks(torch.ones(1))
+    return str(caught.value)
+
+
+def test_a_rank_that_runs_but_does_not_come_is_named_and_ended(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="0, -9"):
+        run_ranks(hang, 2, tmp_path)
+    said = torch.load(tmp_path / "result-0.pt")
+    assert said == "the start, a test: rank 1 did not answer within 7 s (last seen in the start)"

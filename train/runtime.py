@@ -4,6 +4,7 @@ import copy
 import hashlib
 import itertools
 import os
+import re
 import signal
 import threading
 import warnings
@@ -363,7 +364,8 @@ class Runtime:
         except RuntimeError as error:
             if not _is_of_the_group(error):
                 raise
-            what = self._watch.blame() if self._watch is not None else ""
+            timed_out = re.search("timed? ?out", str(error), re.IGNORECASE) is not None
+            what = self._watch.blame(timed_out=timed_out) if self._watch is not None else ""
             if not what:
                 reason = str(error).partition("\n")[0].rpartition("] ")[2]
                 what = f"rank {self.rank} lost contact with the others ({reason:.100})"

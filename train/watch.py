@@ -91,10 +91,10 @@ class Watch:
             self._leaving.set()
             self._try(lambda: self._store.set(str(self._rank), _LEFT))
 
-    def blame(self) -> str:
-        """Say which ranks are to blame for a group that failed, and kill those on this host that do not run."""
+    def blame(self, *, timed_out: bool) -> str:
+        """Say which ranks are to blame for a group that failed, and kill those on this host that keep it waiting."""
         self._speaking.acquire()  # for ever: the thread has nothing to add
-        line, culprits = self._find_culprits()
+        line, culprits = self._find_culprits(timed_out)
         for rank in culprits:
             self._members[rank].kill()
         return line
@@ -118,23 +118,24 @@ class Watch:
             is_late = now - times["arrivals"] > self._timeout and beat is not None and beat.arrivals < self._state()[0]
             if is_silent or is_late or self._dead():
                 self._leaving.wait(2 * PERIOD)  # where the main thread waits for the group it has seen it by now
-                self._end()
+                self._end(is_late)
 
-    def _end(self) -> None:
+    def _end(self, timed_out: bool) -> None:
         if self._leaving.is_set() or not self._speaking.acquire(blocking=False):
             return
-        line, culprits = self._find_culprits()
+        line, culprits = self._find_culprits(timed_out)
         if not line:
             self._speaking.release()
             return
         place = self._state()[1]
         print(f"netslim: {place}: {line}; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.stderr.flush()
+        self.leave()
         for rank in culprits:
             self._members[rank].kill()
         os._exit(1)
 
-    def _find_culprits(self) -> tuple[str, list[int]]:
+    def _find_culprits(self, timed_out: bool) -> tuple[str, list[int]]:
         """A phrase about the ranks that keep the others waiting, and those of them that live; ("", []) if none does."""
         others = [rank for rank in range(len(self._members)) if rank != self._rank]
         before = {rank: self._beat_of(rank) for rank in others}
@@ -145,7 +146,7 @@ class Watch:
         after = {rank: beat for rank in others if (beat := self._beat_of(rank)) is not None}
         silent = [rank for rank, beat in after.items() if beat == before[rank]]
         arrivals = self._state()[0]
-        late = silent or [rank for rank, beat in after.items() if beat.arrivals < arrivals]
+        late = silent or [rank for rank, beat in after.items() if timed_out and beat.arrivals < arrivals]
         if late:
             what = "does not run any more" if silent else f"did not answer within {self._timeout:g} s"
             return f"{_name(late)} {what} (last seen in {after[late[0]].place})", late
