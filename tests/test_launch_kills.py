@@ -1,6 +1,5 @@
 """A run that is killed at any moment, and started again, ends as the undisturbed one, bit for bit."""
 
-import json
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 from test_end_to_end import SHORT
-from test_launch_faults import STAGES, lines
+from test_launch_faults import assert_equal_runs
 
 from netslim.launch.mistakes import LOST_RANK, guarded
 
@@ -70,28 +69,6 @@ def be_rank(rank: int, port: int, arguments: list[str], log: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     sys.argv = ["recipe", *arguments]
     sys.exit(guarded(main))
-
-
-def last_checkpoint(stage: Path) -> bytes:
-    """Weights, momenta, and what each rank has of its own."""
-    newest = max((stage / "checkpoints").glob("step-*"))
-    return (newest / "tensors.safetensors").read_bytes()
-
-
-def assert_equal_runs(have: Path, want: Path) -> None:
-    for stage in STAGES:
-        weights = [(path / stage / "weights.safetensors").read_bytes() for path in (have, want)]
-        assert weights[0] == weights[1], stage
-        if not stage.startswith("prune"):
-            assert lines(have, stage) == lines(want, stage)
-            assert last_checkpoint(have / stage) == last_checkpoint(want / stage), stage
-    tables = [[{**row, "seconds": 0} for row in results(path)["rows"]] for path in (have, want)]
-    assert tables[0] == tables[1]
-
-
-def results(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((directory / "results.json").read_text())
-    return found
 
 
 @pytest.fixture(scope="module")
