@@ -106,4 +106,4 @@ def test_a_rank_that_runs_but_does_not_come_is_named_and_ended(tmp_path: Path) -
     with pytest.raises(AssertionError, match="0, -9"):
         run_ranks(hang, 2, tmp_path)
     said = torch.load(tmp_path / "result-0.pt")
-    assert said == "the start, a test: rank 1 did not answer within 7 s (last seen in the start)"
+    assert said == "the start, a test: rank 1 did not answer within 6 s (last seen in the start)"

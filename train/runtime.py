@@ -36,7 +36,7 @@ from netslim.train.watch import Watch
 T = TypeVar("T")
 
 _JOINING_SECONDS = 600  # until every rank has started: imports from a shared disk take their time
-_ENDING_SECONDS = 3  # to find out who is missing, and to end: so much sooner a rank stops waiting
+_ENDING_SECONDS = 4  # to find out who is missing, and to end: so much sooner a rank stops waiting
 _groups = itertools.count()  # only tests join more than one in a process
 
 
