@@ -50,7 +50,7 @@ class RunConfig:
     """The global threshold."""
     finetune: FitConfig = FitConfig()
     """Training of the small network."""
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = Field(default_factory=EngineConfig)
     """How each process computes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When training is saved, to be taken up again after a crash."""

@@ -91,3 +91,12 @@ def test_differences_name_the_fields_and_pass_over_where_a_run_is_made() -> None
     old = to_dict(resolve())
     new = to_dict(resolve("--sparsify.epochs", "2", "--num-processes", "1", "--record.wandb", "offline"))
     assert differences(old, new) == ["sparsify.epochs was 14, now 2"]
+
+
+def test_the_launchers_mixed_precision_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert resolve().engine.precision == "bf16"
+    assert resolve("--engine.precision", "no").engine.precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="the launcher asks for mixed precision fp8; netslim has no, bf16, fp16"):
+        resolve()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import torch
 from accelerate import Accelerator
@@ -40,11 +40,19 @@ _ENDING_SECONDS = 4  # to find out who is missing, and to end: so much sooner a 
 _groups = itertools.count()  # only tests join more than one in a process
 
 
+Precision = Literal["no", "bf16", "fp16"]
+
+
+def _launchers_precision() -> Precision:
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in get_args(Precision):
+        raise ValueError(f"the launcher asks for mixed precision {asked}; netslim has {', '.join(get_args(Precision))}")
+    return cast(Precision, asked)
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class EngineConfig:
-    precision: Literal["no", "bf16", "fp16"] = Field(
-        default_factory=lambda: cast(Any, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")), validate_default=True
-    )
+    precision: Precision = Field(default_factory=_launchers_precision)
     """Mixed precision of the forward and backward pass, by default that of the launcher; the weights stay float32."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Parts that each batch is split into, to need less memory; the optimizer steps once per batch."""
