@@ -212,7 +212,7 @@ def train_cut_and_train(directory: Path) -> dict[str, Any]:
 def trained_alone(model: nn.Module) -> dict[str, Tensor]:
     """Take the steps of the second phase in plain torch, each on a whole batch."""
     optimizer = make_optimizer(model.eval(), CONTINUED)
-    alone: Any = SimpleNamespace(rank=0, world_size=1, config=EngineConfig())
+    alone: Any = SimpleNamespace(rank=0, world_size=1, config=EngineConfig(), device=torch.device("cpu"))
     for batch, labels in Images(alone, NUM_STEPS).epoch(0):
         optimizer.zero_grad()
         F.cross_entropy(model(batch), labels).backward()
