@@ -222,10 +222,8 @@ def test_50_random_faults_end_their_runs_in_time(tmp_path: Path, flags: list[obj
 def test_processes_whose_launcher_is_killed_save_and_end(start: Callable[[], Run], undisturbed: Path) -> None:
     run = start()
     assert run.wait_until(is_training(run, "sparse"))
-    ranks = run.ranks()
     os.kill(run.process.pid, signal.SIGKILL)
-    for process in ranks:
-        process.wait(30)
+    run.finish()
     assert (run.directory / "preempted").exists()
     assert start().finish()[0] == 0
     assert_equal_runs(run.directory, undisturbed)
