@@ -160,19 +160,19 @@ def test_an_interrupt_ends_the_launcher_and_all_its_processes(tmp_path: Path, fl
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     deadline = time.monotonic() + 10
-    while left := alive_in_session(process.pid):
+    while left := alive(tmp_path):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
-def alive_in_session(leader: int) -> list[str]:
-    """The processes of a session that have not ended; one that has may still wait for its parent to notice."""
-    alive = []
+def alive(directory: Path) -> list[str]:
+    """Processes of a run that have not ended, by its directory: the launcher gives each rank a session of its own."""
+    found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                alive.append(" ".join(process.cmdline()))
-    return alive
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if str(directory) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+    return found
 
 
 def test_bf16_accumulation_clipping_proximal_steps_and_the_torch_loader_run_together(

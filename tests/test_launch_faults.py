@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from faulty import MOMENT, Fault
-from test_end_to_end import SCRIPT, SHORT, alive_in_session, call, results
+from test_end_to_end import SCRIPT, SHORT, alive, call, results
 
 TIMEOUT = 10
 # without a loader that compiles, for which ranks may take unequally long
@@ -88,7 +88,7 @@ class Run:
         started = time.monotonic()
         _, error = self.process.communicate(timeout=120)
         seconds = time.monotonic() - started
-        assert not alive_in_session(self.process.pid)
+        assert not alive(self.directory)
         return self.process.returncode, [line for line in error.splitlines() if line.startswith("netslim: ")], seconds
 
 
