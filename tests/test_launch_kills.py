@@ -52,7 +52,7 @@ def run(directory: Path, flags: list[object], kill: tuple[int, float] | None = N
         ranks[1 - rank].join(5)
         ranks[1 - rank].terminate()  # as launchers do: before it has joined the other it waits for it
     for process in ranks:
-        process.join(60)
+        process.join(240)
     assert not any(process.is_alive() for process in ranks)
     seconds = time.monotonic() - started
     said = [line for line in log.read_text().splitlines() if line.startswith("netslim: ")]
