@@ -47,9 +47,10 @@ def launch(
         parsed = launch_command_parser().parse_args(launcher_arguments)
         # torchrun has a flag for it, Accelerate none
         parsed.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-        # The static rendezvous, Accelerate's own, keeps its store over restarts: new processes would find the addresses
-        # of dead ones in it.
+        # A store that is kept over restarts, as Accelerate's static rendezvous does and torch's own unless told not to,
+        # would give new processes the addresses of dead ones.
         parsed.rdzv_backend, parsed.rdzv_endpoint = "c10d", "localhost:0"
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         launch_command(parsed)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
