@@ -39,8 +39,10 @@ def is_complete(directory: Path) -> bool:
 
     Raises ValueError where it is damaged: now, and not when the results are written after the stages that follow.
     """
-    path = directory / METRICS
-    return path.is_file() and read_json(path) is not None
+    if not (directory / METRICS).is_file():
+        return False
+    read_json(directory / METRICS)
+    return True
 
 
 def write_stage(

@@ -26,6 +26,7 @@ from netslim.launch.artefacts import (
     stage_directory,
     write_stage,
 )
+from netslim.launch.cluster import end_with_launcher
 from netslim.launch.config import RunConfig, fixed_fields, parse, run_directory, to_dict
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
@@ -304,6 +305,7 @@ def main() -> int:
             return
         make = find_preset(preset)
         config = parse(f"netslim.launch.recipe {preset}", inspect.getdoc(make) or "", make(), flags)
+        end_with_launcher()
         start(preset, config, os.environ.get("NETSLIM_STAGES", " ".join(STAGES)).split())
 
     return guarded(body)

@@ -1,6 +1,5 @@
 """A run that loses a process, or is told to stop, ends soon, says why, and goes on as if nothing had been."""
 
-import json
 import os
 import random
 import signal
@@ -8,12 +7,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from faulty import MOMENT, Fault
 from test_end_to_end import SCRIPT, SHORT, alive, call, results
+from test_train_resume import lines
 
 TIMEOUT = 10
 # without a loader that compiles, for which ranks may take unequally long
@@ -106,13 +105,6 @@ def start(tmp_path: Path, flags: list[object]) -> Iterator[Callable[[], Run]]:
             os.killpg(run.process.pid, signal.SIGKILL)
 
 
-def lines(directory: Path, stage: str) -> list[dict[str, Any]]:
-    """The metrics of a stage, but for what a clock said."""
-    found = [json.loads(line) for line in (directory / stage / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "images_per_second", "checkpoint_seconds")
-    return [{k: v for k, v in line.items() if k not in clocks} for line in found]
-
-
 def last_checkpoint(stage: Path) -> bytes:
     """Weights, momenta, and what each rank has of its own."""
     newest = max((stage / "checkpoints").glob("step-*"))
@@ -124,7 +116,7 @@ def assert_equal_runs(have: Path, want: Path) -> None:
         weights = [(path / stage / "weights.safetensors").read_bytes() for path in (have, want)]
         assert weights[0] == weights[1], stage
         if not stage.startswith("prune"):
-            assert lines(have, stage) == lines(want, stage)
+            assert lines(have / stage) == lines(want / stage)
             assert last_checkpoint(have / stage) == last_checkpoint(want / stage), stage
     tables = [[{**row, "seconds": 0} for row in results(path)["rows"]] for path in (have, want)]
     assert tables[0] == tables[1]
@@ -143,7 +135,8 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_it_goes_on_from_the_check
     run.ranks()[rank].kill()
     code, said, seconds = run.finish()
     assert code == 1
-    assert f"netslim: sparse: SIGKILL ended rank {rank}; the same command goes on from the last checkpoint" in said
+    # by the launcher, or by the other rank where that is quicker
+    assert any(line.startswith("netslim: sparse") and f"rank {rank}" in line for line in said), said
     assert seconds < 10  # two on an idle machine
     code, said, _ = start().finish()
     assert (code, said) == (0, [])
@@ -229,6 +222,14 @@ def test_processes_whose_launcher_is_killed_save_and_end(start: Callable[[], Run
     assert_equal_runs(run.directory, undisturbed)
 
 
+def test_processes_whose_launcher_is_killed_before_they_have_joined_end_too(start: Callable[[], Run]) -> None:
+    run = start()
+    assert run.wait_until(lambda: bool(run.ranks()))
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.finish()
+    assert not (run.directory / "sparse").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_replaced_where_restarts_are_allowed(
     tmp_path: Path, flags: list[object], undisturbed: Path
@@ -236,6 +237,15 @@ def test_a_killed_rank_is_replaced_where_restarts_are_allowed(
     run = Run(tmp_path / "run", [*flags, "--max-restarts", 1])
     assert run.wait_until(is_training(run, "sparse"))
     run.ranks()[1].kill()
-    code, _, _ = run.finish()
+    code, said, _ = run.finish()
     assert code == 0
+    assert said[-1] == "netslim: all processes are started again, and go on from the last checkpoint"
     assert_equal_runs(run.directory, undisturbed)
+
+
+@pytest.mark.slow
+def test_what_would_fail_again_is_not_started_again(start: Callable[..., Run]) -> None:
+    code, said, _ = start("--max-restarts", 1, "--sparsify.lr", 1e20).finish()
+    assert code == 2
+    (line,) = said
+    assert "not finite" in line

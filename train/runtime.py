@@ -151,7 +151,6 @@ class Runtime:
             gather=lambda own: gather_object([own]),
             timeout=patience,
             state=lambda: (self._arrivals, self.place),
-            stop=self._stop.set,
         )
 
     @contextmanager
@@ -244,8 +243,7 @@ class Runtime:
 
     def first_rank_with(self, flag: Tensor) -> int | None:
         """The first rank whose flag is set, the same on every rank; None where none is."""
-        self._arrivals += 1
-        found = self._accelerator.gather(flag.reshape(1).to(self.device)).nonzero()
+        found = self._gather_rows(flag.to(self.device)).nonzero()
         return int(found[0]) if len(found) else None
 
     def agree(self, step: int, *, stop: bool, due: bool) -> tuple[bool, bool]:
@@ -263,6 +261,11 @@ class Runtime:
         """What every rank gave, in their order, on rank 0; None on the others."""
         everyone = self._gather_objects(own)
         return everyone if self.is_main else None
+
+    def _gather_rows(self, own: Tensor) -> Tensor:
+        """What every rank gave, (ranks, ...), on every rank."""
+        self._arrivals += 1
+        return cast(Tensor, self._accelerator.gather(own.unsqueeze(0)))
 
     def _gather_objects(self, own: T) -> list[T]:
         self._arrivals += 1
@@ -348,12 +351,8 @@ class Runtime:
 
     def check_same(self, digest: str, what: str) -> str:
         """Raise RuntimeError that begins with ``what`` unless all ranks give the same digest, in hex; returns it."""
-        digests: list[str] = [digest]
-        if self.world_size > 1:
-            self._arrivals += 1
-            codes = torch.tensor(list(bytes.fromhex(digest)), device=self.device, dtype=torch.int64)
-            gathered = self._accelerator.gather(codes.unsqueeze(0))
-            digests = [bytes(row).hex() for row in gathered.tolist()]
+        codes = torch.tensor(list(bytes.fromhex(digest)), device=self.device, dtype=torch.int64)
+        digests = [bytes(row).hex() for row in self._gather_rows(codes).tolist()]
         odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if odd:
             raise RuntimeError(f"{what} of rank {odd[0]} differ from those of rank 0")

@@ -64,8 +64,7 @@ class Watch:
     with a line that names it, also where this process is not waiting for the group or its back end cannot tell.
 
     Arguments: a key-value store that all ranks share (of torch.distributed), this rank, `gather` that gives every rank
-    what each of them gave, the time-out in seconds, `state` that gives this rank's arrivals and place, and `stop`,
-    which is called when the launcher is gone, so that no process outlives it.
+    what each of them gave, the time-out in seconds, and `state` that gives this rank's arrivals and place.
     """
 
     def __init__(
@@ -75,9 +74,8 @@ class Watch:
         gather: Callable[[Member], Sequence[Member]],
         timeout: float,
         state: Callable[[], tuple[int, str]],
-        stop: Callable[[], None],
     ) -> None:
-        self._store, self._rank, self._timeout, self._state, self._stop = store, rank, timeout, state, stop
+        self._store, self._rank, self._timeout, self._state = store, rank, timeout, state
         self._count = 0
         self._leaving, self._speaking = threading.Event(), threading.Lock()
         self._tell()
@@ -100,14 +98,10 @@ class Watch:
         return line
 
     def _look(self) -> None:
-        launcher = os.getppid()
         following = (self._rank + 1) % len(self._members)
         seen: Beat | None = None
         times = {"count": time.monotonic(), "arrivals": time.monotonic()}
         while not self._leaving.wait(PERIOD):
-            # without a launcher the parent is a shell, which may be left
-            if os.getppid() != launcher and "TORCHELASTIC_RUN_ID" in os.environ:
-                self._stop()
             self._tell()
             beat, now = self._beat_of(following), time.monotonic()
             for key in times:
