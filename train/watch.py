@@ -111,7 +111,7 @@ class Watch:
             is_silent = now - times["count"] > self._timeout
             is_late = now - times["arrivals"] > self._timeout and beat is not None and beat.arrivals < self._state()[0]
             if is_silent or is_late or self._dead():
-                self._leaving.wait(2 * PERIOD)  # where the main thread waits for the group it has seen it by now
+                self._leaving.wait(PERIOD)  # where the main thread waits for the group it has seen it by now
                 self._end(is_late)
 
     def _end(self, timed_out: bool) -> None:
