@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import Disk
 from test_launch_cli import Netslim, assert_one_line, smallest
-from test_launch_faults import lines
+from test_train_resume import lines
 
 from netslim.data import DataConfig
 from netslim.launch import recipe
@@ -116,7 +116,7 @@ def assert_goes_on(netslim: Netslim, command: list[object], run: Path, undisturb
     assert code == 0, error
     have, want = ((directory / "sparse" / "weights.safetensors").read_bytes() for directory in (run, undisturbed))
     assert have == want
-    assert lines(run, "sparse") == lines(undisturbed, "sparse")
+    assert lines(run / "sparse") == lines(undisturbed / "sparse")
     return error
 
 
@@ -267,7 +267,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_loses_nothing(
     assert read(left).step == LAST // 2
     disk.resize(64 << 20)
     assert assert_goes_on(netslim, command, run, undisturbed) == ""
-    assert [line["step"] for line in lines(run, "sparse")] == [LAST // 2, LAST]
+    assert [line["step"] for line in lines(run / "sparse")] == [LAST // 2, LAST]
 
 
 @pytest.fixture
