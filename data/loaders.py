@@ -14,7 +14,10 @@ from netslim.data.info import DataInfo, check_sizes, damaged
 from netslim.data.pipelines import Augmentation, Shard, epoch_order, normalise, shard_order
 from netslim.data.sources import DataConfig, open_source
 
-__all__ = ["Loaders", "Shard", "TestLoader", "TrainLoader", "open_loaders"]
+__all__ = ["CalibrationLoader", "Loaders", "Shard", "TestLoader", "TrainLoader", "open_calibration", "open_loaders"]
+
+_CHUNK, _FEWEST_CHUNKS = 64, 16
+"""Images in a chunk for calibration; fewer, where there would not be enough chunks to hold some out."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -101,6 +104,28 @@ class TestLoader:
             yield self._to_device(batch)
 
 
+class CalibrationLoader:
+    """Training images without augmentation, in chunks that are numbered, and the same, over any number of ranks."""
+
+    def __init__(self, reader: Reader, to_device: _ToDevice, order: NDArray[np.int64], size: int, shard: Shard) -> None:
+        self._reader, self._to_device, self._order = reader, to_device, order
+        self._numbers = range(shard.index, math.ceil(len(order) / size), shard.count)
+        own = [order[number * size : (number + 1) * size] for number in self._numbers]
+        self._own = np.concatenate([*own, np.zeros(0, np.int64)])
+        self.num_images = len(order)
+        """Of all ranks together."""
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The number of each of this rank's chunks, its images and labels, as `TrainLoader.epoch` gives them."""
+        for number, batch in zip(self._numbers, self._reader.batches(self._own, 0), strict=True):
+            yield number, *self._to_device(batch)
+
+    def first(self, count: int) -> Tensor:
+        """The first images `(count, 3, size, size)`, the same on every rank."""
+        images, _ = self._to_device(next(self._reader.batches(self._order[:count], 0)))
+        return images
+
+
 @dataclass(frozen=True)
 class Loaders:
     """The training and test batches of one rank, and what they are of."""
@@ -135,8 +160,21 @@ def open_loaders(
     )
 
 
+def open_calibration(
+    config: DataConfig, info: DataInfo, shard: Shard, *, num_images: int, seed: int, device: torch.device
+) -> CalibrationLoader:
+    """Opens ``num_images`` training images drawn by the seed, or all where there are fewer, for one rank.
+
+    Raises ValueError as ``open_loaders`` does.
+    """
+    order = epoch_order(info.num_train, seed, 0)[:num_images]
+    size = max(1, min(_CHUNK, len(order) // _FEWEST_CHUNKS))
+    reader, _ = _open_readers(config, info, size, None, device)
+    return CalibrationLoader(reader, _ToDevice(info, device), order, size, shard)
+
+
 def _open_readers(
-    config: DataConfig, info: DataInfo, micro_batch: int, augmentation: Augmentation, device: torch.device
+    config: DataConfig, info: DataInfo, micro_batch: int, augmentation: Augmentation | None, device: torch.device
 ) -> tuple[Reader, Reader]:
     if info.directory is not None:
         check_sizes(info.directory)

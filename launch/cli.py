@@ -15,15 +15,16 @@ from netslim.launch.describe import config_of_run, describe
 from netslim.launch.export import export_run
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
-from netslim.launch.recipe import STAGES, start
+from netslim.launch.recipe import stages_of, start
 from netslim.launch.report import format_table, read_rows
 from netslim.train import check_devices, check_model, num_gpus
 
 COMMANDS = {
-    "run": "all stages on this machine: sparsity training, pruning, fine-tuning",
+    "run": "all stages on this machine: sparsity training, pruning, repair, fine-tuning",
     "sparsify": "sparsity training only",
     "prune": "cut the run's sparse model by the global threshold, at each ratio",
-    "finetune": "fine-tune the run's pruned models",
+    "repair": "restore the run's cut models, with no training step",
+    "finetune": "fine-tune the run's repaired models",
     "inspect": "which channels can go, and why the others stay; also takes a run directory",
     "data": "write the images of a preset as .beton files",
     "export": "write a run's slim model as ONNX, pt2 or stand-alone weights",
@@ -60,8 +61,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command == "inspect":
         print(describe(config))
         return 0
-    stages = STAGES if command == "run" else (command,)
-    return run_stages(preset, config, stages, [preset, *flags])
+    return run_stages(preset, config, stages_of(command, config), [preset, *flags])
 
 
 def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments: Sequence[str]) -> int:

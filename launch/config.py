@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from netslim.data import DataConfig
-from netslim.prune import Rules
+from netslim.prune import RepairConfig, Rules
 from netslim.train import CheckpointConfig, EngineConfig, FitConfig, ModelConfig, RecordConfig, SparsityConfig
 
 
@@ -48,6 +48,8 @@ class RunConfig:
     """The L1 penalty on BatchNorm scales during sparsity training."""
     prune: PruneConfig = PruneConfig()
     """The global threshold."""
+    repair: RepairConfig = RepairConfig()
+    """What is restored after the cut, with no training step."""
     finetune: FitConfig = FitConfig()
     """Training of the small network."""
     engine: EngineConfig = Field(default_factory=EngineConfig)

@@ -53,14 +53,15 @@ def export_run(arguments: Sequence[str], description: str) -> int:
     slimmed = read_slimmed(stage)
     path = config.output or stage / _NAMES[config.format]
     difference = export(slimmed.small, slimmed.images, path, config.format, slimmed.plan)
-    note = "" if stage.name.startswith("finetune") else ", pruned and not fine-tuned"
+    made = read_row(stage / METRICS).stage
+    note = "" if made == "finetuned" else f", {made} and not fine-tuned"
     print(f"{path}{note}: within {difference:.1e} of torch's outputs", flush=True)
     print(aligned(table(slimmed, path, config.format)))
     return 0
 
 
 def find_stage(run: Path, ratio: float | None) -> Path:
-    """The stage that is meant: the run's fine-tuned model of the ratio, or else the pruned one, or the stage itself.
+    """The stage that is meant: the run's last model of the ratio (fine-tuned, repaired or pruned), or the stage itself.
 
     Raises FileNotFoundError where none is finished, and ValueError for a ratio that it lacks or that must be named.
     """
@@ -79,7 +80,7 @@ def find_stage(run: Path, ratio: float | None) -> Path:
 
 def _finished(run: Path) -> dict[float, Path]:
     """The stage to export for each ratio."""
-    order = ("prune-*", "finetune-*")  # of one ratio the last counts
+    order = ("prune-*", "repair-*", "finetune-*")  # of one ratio the last counts
     found = [path.parent for stage in order for path in sorted(run.glob(f"{stage}/{METRICS}"))]
     return {read_row(stage / METRICS).ratio: stage for stage in ([run] if is_complete(run) else found)}
 
@@ -103,7 +104,7 @@ def read_slimmed(stage: Path) -> Slimmed:
     if plan is None or plan.origin is None:
         lack = "no plan" if plan is None else "a plan of an older netslim"
         raise ValueError(
-            f"{stage} has {lack}; name a run that `netslim run` made, or its prune- or finetune- directory"
+            f"{stage} has {lack}; name a run that `netslim run` made, or its prune-, repair- or finetune- directory"
         )
     config = config_of_run(stage)
     build = partial(build_model, config.model, plan.origin.num_classes, config.seed)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_loaders, prepare
+from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_calibration, open_loaders, prepare
 from netslim.launch.artefacts import (
     PREEMPTED_MARK,
     claim,
@@ -31,11 +31,24 @@ from netslim.launch.config import RunConfig, fixed_fields, parse, run_directory,
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
-from netslim.prune import Origin, Plan, cost, cut, load_plan, map_channels, open_gammas, plan_network, prove
+from netslim.prune import (
+    Calibration,
+    Chunk,
+    Origin,
+    Plan,
+    cost,
+    cut,
+    load_plan,
+    map_channels,
+    open_gammas,
+    plan_network,
+    prove,
+    repair,
+)
 from netslim.train import FitConfig, ModelConfig, Preempted, Record, Runtime, Saver, Store, build_model, evaluate, fit
 from netslim.train.models import build_network, is_own
 
-STAGES = ("sparsify", "prune", "finetune")
+STAGES = ("sparsify", "prune", "repair", "finetune")
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,16 @@ class Job:
         return self.run.on_all(lambda: read_stage(directory, self.build, command))
 
 
+def stages_of(command: str, config: RunConfig) -> tuple[str, ...]:
+    """The stages that a command is about; raises ValueError where the configuration says there is nothing to do."""
+    if command == "repair" and not config.repair.steps:
+        raise ValueError(
+            "repair.steps is empty, so there is nothing to repair by; name absorb, reconstruct or recalibrate"
+        )
+    every = tuple(stage for stage in STAGES if stage != "repair" or config.repair.steps)
+    return every if command == "run" else (command,)
+
+
 def run_recipe(job: Job, stages: Sequence[str] = STAGES) -> None:
     """Sparsify once; then for each ratio cut the same sparse model and fine-tune what is left."""
     rehearse(job)
@@ -75,6 +98,8 @@ def run_recipe(job: Job, stages: Sequence[str] = STAGES) -> None:
     for ratio in job.config.prune.ratio:
         if "prune" in stages:
             prune(job, ratio)
+        if "repair" in stages and job.config.repair.steps:
+            restore(job, ratio)
         if "finetune" in stages:
             finetune(job, ratio)
 
@@ -147,6 +172,50 @@ def prune(job: Job, ratio: float) -> None:
         record.finish(finish(job, small, plan, directory, metrics, started))
 
 
+def restore(job: Job, ratio: float) -> None:
+    """Repair the cut network by the training images, which all ranks share, without a training step."""
+    directory, source, run = job.path("repair", ratio), job.path("prune", ratio), job.run
+    if job.is_done(directory):
+        return
+    started = time.perf_counter()
+    sparse, small = job.read(job.path("sparsify"), "sparsify"), job.read(source, "prune")
+    plan, config = load_plan(source), job.config
+    assert plan is not None, "the prune stage writes one"
+    loader = open_calibration(
+        config.data,
+        job.loaders.info,
+        Shard(run.rank, run.world_size),
+        num_images=config.repair.images,
+        seed=config.seed,
+        device=run.device,
+    )
+    calibration = Calibration(
+        read=lambda: (Chunk(*chunk) for chunk in loader),
+        num_images=loader.num_images,
+        example=loader.first(2),
+        sum_over_ranks=run.sum_over_ranks,
+    )
+    repaired, outcome = repair(sparse, small, plan, calibration, config.repair)
+    run.check_equal(repaired, f"after the repair at ratio {ratio}")
+    seconds = time.perf_counter() - started
+    evaluation = evaluate(repaired, job.loaders.test, run)
+    metrics = {
+        "stage": "repaired",
+        "ratio": ratio,
+        "accuracy": evaluation.accuracy,
+        "test_loss": evaluation.loss,
+        "loss_cut": outcome.loss_cut,
+        "loss_repaired": outcome.loss,
+        "steps": list(outcome.kept),
+        "num_images": calibration.num_images,
+        "repair_seconds": seconds,
+        "plan_digest": plan.digest,
+    }
+    with open_record(job, directory, metrics) as record:
+        record.say(f"{outcome}, in {seconds:.1f} s, accuracy {evaluation.accuracy:.4f}")
+        record.finish(finish(job, repaired, plan, directory, metrics, started))
+
+
 def origin(config: ModelConfig, num_classes: int) -> Origin:
     """What the plan says about how to build the network again."""
     if is_own(config.name):
@@ -157,10 +226,11 @@ def origin(config: ModelConfig, num_classes: int) -> Origin:
 
 def finetune(job: Job, ratio: float) -> None:
     """Train the small network without the penalty."""
-    directory, source = job.path("finetune", ratio), job.path("prune", ratio)
+    before = "repair" if job.config.repair.steps else "prune"
+    directory, source = job.path("finetune", ratio), job.path(before, ratio)
     if job.is_done(directory):
         return
-    small = job.read(source, "prune")
+    small = job.read(source, before)
     row = {"stage": "finetuned", "ratio": ratio}
     train(job, small, job.config.finetune, directory, row, plan=load_plan(source))
 

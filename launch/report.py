@@ -10,14 +10,14 @@ from pydantic.dataclasses import dataclass
 
 from netslim.launch.artefacts import METRICS, read_json, write_json
 
-_STAGES = {"sparse": "sparse", "prune": "cut", "finetune": "finetuned"}
+_STAGES = {"sparse": "sparse", "prune": "cut", "repair": "repaired", "finetune": "finetuned"}
 
 
 @dataclass(frozen=True)
 class Row:
     """What the table says of a stage; None is not measured."""
 
-    stage: Literal["sparse", "cut", "finetuned"]
+    stage: Literal["sparse", "cut", "repaired", "finetuned"]
     ratio: float
     accuracy: float | None = None
     params: int | None = None

@@ -1,6 +1,7 @@
 """Slimming a network: which channels can go, which do, the cut itself, its cost, and the files it leaves."""
 
 from netslim.prune.artefact import load, load_plan, save
+from netslim.prune.calibration import Calibration, Chunk
 from netslim.prune.carry import carry
 from netslim.prune.channels import ChannelMap, Coupling, map_channels
 from netslim.prune.choose import make_plan
@@ -10,17 +11,22 @@ from netslim.prune.fold import folded
 from netslim.prune.latency import latency
 from netslim.prune.origin import Origin
 from netslim.prune.plan import Plan
+from netslim.prune.repair import Repair, RepairConfig, repair
 from netslim.prune.rules import Rules
 from netslim.prune.slimming import open_gammas, plan_network, slim
 from netslim.prune.surgery import cut, largest_difference, masked, prove
 
 __all__ = [
+    "Calibration",
     "ChannelMap",
+    "Chunk",
     "Cost",
     "Coupling",
     "Format",
     "Origin",
     "Plan",
+    "Repair",
+    "RepairConfig",
     "Rules",
     "carry",
     "cost",
@@ -37,6 +43,7 @@ __all__ = [
     "open_gammas",
     "plan_network",
     "prove",
+    "repair",
     "save",
     "slim",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,27 @@ def traces(model: nn.Module) -> Traces:
             "so what these read is unknown; build it without unused layers"
         )
     return Traces(tuple(found), opaque)
+
+
+def called_once(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
+    """Name the modules that the graph calls, each just once, in the order of execution."""
+    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    times = Counter(calls)
+    return {name: model.get_submodule(name) for name in calls if times[name] == 1}
+
+
+def norms_after(model: nn.Module, graph: fx.Graph) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """Map the name of each module to the BatchNorm that alone reads what it gives; both are called just once."""
+    once = called_once(model, graph)
+    found = {}
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        norm = once.get(str(node.target))
+        if not isinstance(norm, ops.NORMALISING) or norm.running_mean is None or not isinstance(before, fx.Node):
+            continue
+        if before.op == "call_module" and str(before.target) in once and len(before.users) == 1:
+            found[str(before.target)] = norm
+    return found
 
 
 def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from netslim.data import DataConfig, DataInfo, Loaders, Shard, open_loaders, prepare
+from netslim.data import DataConfig, DataInfo, Loaders, Shard, open_calibration, open_loaders, prepare
 from netslim.data import ffcv_loader as module
 
 CPU = torch.device("cpu")
@@ -72,6 +72,42 @@ def test_worker_processes_change_nothing(config: DataConfig, info: DataInfo) -> 
     opened = loaders(other, prepare(other, quiet=True))
     for number in (0, 1):  # the second by the same workers
         assert torch.equal(epoch(opened, number)[0], epoch(loaders(config, info), number)[0])
+
+
+def chunks(
+    config: DataConfig, info: DataInfo, num_images: int, rank: int = 0, ranks: int = 1
+) -> list[tuple[int, Tensor, Tensor]]:
+    shard = Shard(rank, ranks)
+    return [*open_calibration(config, info, shard, num_images=num_images, seed=7, device=CPU)]
+
+
+def test_calibration_images_are_training_images_without_augmentation_by_either_loader(
+    config: DataConfig, info: DataInfo
+) -> None:
+    plain = replace(config, flip=False, pad=0, batch_size=256)
+    want, labels = (part[0] for part in epoch(loaders(plain, info)))
+    other = replace(config, loader="torch", num_workers=0)
+    for found in (chunks(config, info, 256), chunks(other, prepare(other, quiet=True), 256)):
+        assert torch.equal(torch.cat([images for _, images, _ in found]), want)
+        assert torch.equal(torch.cat([some for *_, some in found]), labels)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 40])
+def test_chunks_for_calibration_do_not_depend_on_the_number_of_ranks(
+    config: DataConfig, info: DataInfo, ranks: int
+) -> None:
+    want = chunks(config, info, 300)
+    found = sorted(
+        (chunk for rank in range(ranks) for chunk in chunks(config, info, 300, rank, ranks)), key=lambda chunk: chunk[0]
+    )
+    assert [number for number, *_ in found] == [number for number, *_ in want] == list(range(17))
+    assert all(torch.equal(one[1], two[1]) for one, two in zip(found, want, strict=True))
+
+
+def test_all_training_images_are_taken_where_more_are_asked_for(config: DataConfig, info: DataInfo) -> None:
+    opened = open_calibration(config, info, Shard(0, 1), num_images=10_000, seed=7, device=CPU)
+    assert opened.num_images == info.num_train == sum(len(images) for _, images, _ in opened)
+    assert torch.equal(opened.first(2), next(iter(opened))[1][:2])
 
 
 def test_both_loaders_give_the_same_test_images(config: DataConfig, info: DataInfo) -> None:

@@ -58,6 +58,9 @@ def second(tmp_path_factory: pytest.TempPathFactory, flags: list[object]) -> Pat
     return directory
 
 
+STAGES = ("sparse", *(f"{stage}-{ratio}" for ratio in ("0.50", "0.90") for stage in ("prune", "repair", "finetune")))
+
+
 def results(directory: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads((directory / "results.json").read_text())
     return values
@@ -70,8 +73,10 @@ def test_results_name_the_processes_the_loader_and_every_stage(first: Path) -> N
     assert [(row["stage"], row["ratio"]) for row in values["rows"]] == [
         ("sparse", 0.0),
         ("cut", 0.5),
+        ("repaired", 0.5),
         ("finetuned", 0.5),
         ("cut", 0.9),
+        ("repaired", 0.9),
         ("finetuned", 0.9),
     ]
 
@@ -80,11 +85,11 @@ def test_every_row_has_every_figure_and_smaller_networks_cost_less(first: Path) 
     rows = results(first)["rows"]
     assert all(row[key] is not None for row in rows for key in ("accuracy", "params", "macs", "file_mb", "seconds"))
     for key in ("params", "macs", "file_mb"):
-        assert rows[0][key] > rows[1][key] == rows[2][key] > rows[3][key]
+        assert rows[0][key] > rows[1][key] == rows[2][key] == rows[3][key] > rows[4][key]
 
 
 def test_two_runs_with_the_same_seed_end_with_the_same_bytes_under_either_launcher(first: Path, second: Path) -> None:
-    for stage in ("sparse", "prune-0.50", "finetune-0.50", "prune-0.90", "finetune-0.90"):
+    for stage in STAGES:
         weights = [(directory / stage / "weights.safetensors").read_bytes() for directory in (first, second)]
         assert weights[0] == weights[1], stage
 
@@ -106,7 +111,7 @@ def test_a_pruned_model_has_its_plan_and_the_proof_of_the_cut(first: Path) -> No
 
 
 def test_wandb_has_one_offline_run_for_each_stage(first: Path) -> None:
-    assert len(list((first / "wandb").glob("offline-run-*/*.wandb"))) == 5
+    assert len(list((first / "wandb").glob("offline-run-*/*.wandb"))) == len(STAGES)
 
 
 def test_a_second_call_returns_what_is_there_and_another_ratio_starts_from_the_same_sparse_model(
@@ -183,7 +188,7 @@ def test_bf16_accumulation_clipping_proximal_steps_and_the_torch_loader_run_toge
     done = call(SCRIPT, "run", "digits", "--run-dir", tmp_path / "run", *flags, *choices, "--record.wandb", "disabled")
     assert done.returncode == 0, done.stderr
     values = results(tmp_path / "run")
-    assert (values["loader"], values["world_size"], len(values["rows"])) == ("torch", 2, 5)
+    assert (values["loader"], values["world_size"], len(values["rows"])) == ("torch", 2, 7)
 
 
 @pytest.mark.slow
@@ -204,7 +209,7 @@ def test_coupled_networks_are_slimmed_in_two_processes_and_learn(
     print(f"{name}\n{done.stdout}")
     assert done.returncode == 0, done.stderr
     values = results(directory)
-    sparse, cut, finetuned = values["rows"]
+    sparse, cut, _, finetuned = values["rows"]
     assert (values["world_size"], finetuned["stage"]) == (2, "finetuned")
     metrics = json.loads((directory / "prune-0.50" / "metrics.json").read_text())
     assert metrics["num_removed"] == metrics["num_channels"] // 2

@@ -147,7 +147,12 @@ def test_a_damaged_beton_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("stage", "first"), [("prune", "netslim sparsify digits"), ("finetune", "netslim prune digits")]
+    ("stage", "first"),
+    [
+        ("prune", "netslim sparsify digits"),
+        ("repair", "netslim sparsify digits"),
+        ("finetune", "netslim repair digits"),
+    ],
 )
 def test_a_missing_artefact_names_the_command_that_makes_it(
     stage: str, first: str, netslim: Netslim, tiny: list[object]

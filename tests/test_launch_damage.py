@@ -22,11 +22,12 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Path:
-    """A run with its sparse model and one that is pruned."""
+    """A run with its sparse model, and one that is pruned and repaired."""
     directory = tmp_path_factory.mktemp("finished") / "run"
     flags = [str(flag) for flag in smallest(directory, data_cache)]
     assert dispatch(["sparsify", *flags]) == 0
-    assert dispatch(["prune", *flags, "--prune.ratio", "0.5"]) == 0
+    for command in ("prune", "repair"):
+        assert dispatch([command, *flags, "--prune.ratio", "0.5"]) == 0
     return directory
 
 
@@ -101,6 +102,9 @@ def test_a_damaged_sparse_model_is_not_pruned(
 
 
 @pytest.mark.parametrize(
+    ("command", "read", "made"), [("repair", "prune-0.50", "repair-0.50"), ("finetune", "repair-0.50", "finetune-0.50")]
+)
+@pytest.mark.parametrize(
     ("damage", "parts"),
     [
         pytest.param(lambda pruned: halve(pruned / "weights.safetensors"), ["or is damaged"], id="half the weights"),
@@ -114,12 +118,19 @@ def test_a_damaged_sparse_model_is_not_pruned(
         ),
     ],
 )
-def test_a_damaged_pruned_model_is_not_trained(
-    damage: Damage, parts: list[str], run: Path, netslim: Netslim, data_cache: Path
+def test_a_damaged_pruned_model_is_neither_repaired_nor_trained(
+    damage: Damage,
+    parts: list[str],
+    command: str,
+    read: str,
+    made: str,
+    run: Path,
+    netslim: Netslim,
+    data_cache: Path,
 ) -> None:
-    damage(run / "prune-0.50")
-    command = ["finetune", *smallest(run, data_cache), "--prune.ratio", 0.5]
-    assert_refused(netslim, command, run / "finetune-0.50", *parts)
+    damage(run / read)
+    shutil.rmtree(run / made, ignore_errors=True)
+    assert_refused(netslim, [command, *smallest(run, data_cache), "--prune.ratio", 0.5], run / made, *parts)
 
 
 def test_a_pickle_among_the_stages_is_never_executed(

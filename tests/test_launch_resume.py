@@ -160,12 +160,13 @@ def test_checkpoints_of_another_ratio_and_another_plan_are_refused(
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     both = [*flags(run, data_cache), "--prune.ratio", 0.3, 0.5]
-    assert netslim("prune", *both)[0] == 0
+    for command in ("prune", "repair"):
+        assert netslim(command, *both)[0] == 0
     stopped(["finetune", *flags(run, data_cache), "--prune.ratio", 0.3])
     shutil.copytree(run / "finetune-0.30", run / "finetune-0.50")
-    command = ["finetune", *flags(run, data_cache), "--prune.ratio", 0.5]
+    again = ["finetune", *flags(run, data_cache), "--prune.ratio", 0.5]
     edit_config(run, prune={**json.loads((run / "config.json").read_text())["prune"], "ratio": [0.5]})
-    assert_refused(netslim, command, run, "finetune-0.50", "is of another run: plan, ratio differ")
+    assert_refused(netslim, again, run, "finetune-0.50", "is of another run: plan, ratio differ")
 
 
 def make_newer(path: Path) -> None:
@@ -296,7 +297,9 @@ def test_a_run_directory_that_is_read_only_is_refused_before_training(
     assert not trained
 
 
-@pytest.mark.parametrize(("stage", "directory"), [("prune", "prune-0.50"), ("finetune", "finetune-0.50")])
+@pytest.mark.parametrize(
+    ("stage", "directory"), [("prune", "prune-0.50"), ("restore", "repair-0.50"), ("finetune", "finetune-0.50")]
+)
 def test_a_disk_that_fills_up_between_two_stages_costs_only_the_second(
     stage: str,
     directory: str,
@@ -327,7 +330,7 @@ def test_a_disk_that_fills_up_between_two_stages_costs_only_the_second(
     assert netslim(*command)[0] == 0
     assert "sparse" not in trained
     assert [path.name for path in run.rglob(".*")] == [".lock"]
-    assert len(json.loads((run / "results.json").read_text())["rows"]) == 3
+    assert len(json.loads((run / "results.json").read_text())["rows"]) == 4
 
 
 def test_ranks_of_any_launcher_that_do_not_divide_the_batch_are_refused_before_anything_is_written(

@@ -176,15 +176,15 @@ KINDS = {
     ),
     "the manifest of a checkpoint": Kind(lambda run: checkpoint(run) / "manifest.json", newest, JSON),
     "the weights": Kind(
-        lambda run: run / "prune-0.50" / "weights.safetensors", lambda run: load(run / "prune-0.50"), TENSORS
+        lambda run: run / "repair-0.50" / "weights.safetensors", lambda run: load(run / "repair-0.50"), TENSORS
     ),
-    "the plan": Kind(lambda run: run / "prune-0.50" / "plan.json", lambda run: load(run / "prune-0.50"), JSON),
+    "the plan": Kind(lambda run: run / "repair-0.50" / "plan.json", lambda run: load(run / "repair-0.50"), JSON),
     "the configuration of a run": Kind(
         lambda run: run / "config.json", lambda run: claim(run, "digits", config(run)), {**JSON, **FIELDS}
     ),
     "the configuration of a stage": Kind(
-        lambda run: run / "prune-0.50" / "config.json",
-        lambda run: read_slimmed(run / "prune-0.50"),
+        lambda run: run / "repair-0.50" / "config.json",
+        lambda run: read_slimmed(run / "repair-0.50"),
         {**JSON, **FIELDS},
     ),
     "the metrics of a stage": Kind(
@@ -206,9 +206,9 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def run_files(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Path:
-    """A run with a sparse model, one that is pruned, and a fine-tuning that was stopped after its first step."""
+    """A run whose fine-tuning was stopped after its first step, with all stages before it."""
     directory = tmp_path_factory.mktemp("malicious") / "run"
-    for command in ("sparsify", "prune"):
+    for command in ("sparsify", "prune", "repair"):
         assert dispatch([command, *(str(flag) for flag in flags(directory, data_cache))]) == 0
     stopped(["finetune", *flags(directory, data_cache)], step=1)
     return directory
@@ -272,7 +272,7 @@ def test_a_crafted_file_is_refused_in_one_line(name: str, run: Path, refused: Re
 
 def forge(run: Path, **values: Any) -> None:
     """Write another plan with every digest as it should be, also that in the weights."""
-    stage = run / "prune-0.50"
+    stage = run / "repair-0.50"
     content = {**json.loads((stage / "plan.json").read_text()), **values}
     del content["digest"]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -309,11 +309,11 @@ def test_a_plan_with_right_digests_builds_nothing_but_networks(run: Path, refuse
     Path("stranger.py").write_text("import os\nos.mkdir('marker')\ndef run(**_): os.mkdir('marker')\n")
     for origin in ORIGINS:
         forge(run, origin={"name": None, "width": None, "num_classes": 10, **origin})
-        refused(str(origin), lambda: load(run / "prune-0.50"))
+        refused(str(origin), lambda: load(run / "repair-0.50"))
 
 
 def test_a_plan_with_right_digests_cuts_nothing_but_what_there_is(run: Path, refused: Refused) -> None:
-    content = json.loads((run / "prune-0.50" / "plan.json").read_text())
+    content = json.loads((run / "repair-0.50" / "plan.json").read_text())
     layer, part = content["layers"][0], content["slices"][0]
     for values in (
         {"ratio": float("nan")},
@@ -344,7 +344,7 @@ def test_a_plan_with_right_digests_cuts_nothing_but_what_there_is(run: Path, ref
         {"selections": [{"name": layer["name"], "num_before": 1, "num_after": 1, "before": [10**9], "after": None}]},
     ):  # fmt: skip
         forge(run, **{**content, **values})
-        refused(str(values)[:200], lambda: load(run / "prune-0.50"))
+        refused(str(values)[:200], lambda: load(run / "repair-0.50"))
 
 
 def test_a_manifest_leads_nowhere(run: Path, refused: Refused) -> None:

@@ -1,0 +1,71 @@
+"""The images that a repair measures by: the same chunks whatever the number of ranks, and sums over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HELD_OUT = 8
+"""Of this many chunks one is held out, to choose by: nothing is fitted to it."""
+FEWEST = 2 * HELD_OUT
+"""Images below which a calibration is refused."""
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A few calibration images, which one rank reads; numbered over all ranks."""
+
+    number: int
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.number % HELD_OUT == HELD_OUT - 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images to measure by, spread over the ranks in chunks that do not depend on how many ranks there are."""
+
+    read: Callable[[], Iterable[Chunk]]
+    """Gives this rank's chunks, the same at every call."""
+    num_images: int
+    """Of all ranks together."""
+    example: Tensor
+    """Two of them, (2, 3, height, width), the same on every rank."""
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values
+    """Adds float64 tensors elementwise; the result is the same on every rank."""
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor) -> Self:
+        """Take images (n, 3, height, width) and labels (n,) that are in the memory of one process, on the device."""
+        size = max(1, min(_CHUNK, len(images) // FEWEST))
+        pairs = zip(torch.split(images, size), torch.split(labels, size), strict=True)
+        chunks = [Chunk(number, *pair) for number, pair in enumerate(pairs)]
+        return cls(read=lambda: chunks, num_images=len(images), example=images[:2])
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, calibration: Calibration) -> float:
+    """Measure the mean cross-entropy over the held-out images of all ranks, in eval mode."""
+    model.eval()
+    sums: Tensor | None = None
+    for chunk in calibration.read():
+        if chunk.is_held_out:
+            loss = F.cross_entropy(model(chunk.images).float(), chunk.labels, reduction="sum").double()
+            part = torch.stack([loss, torch.tensor(len(chunk.labels)).to(loss)])
+            sums = part if sums is None else sums + part
+    device = next(model.parameters()).device
+    total, count = calibration.sum_over_ranks(
+        torch.zeros(2, dtype=torch.float64, device=device) if sums is None else sums
+    ).tolist()
+    if not count:
+        raise ValueError(f"calibration images come in at least {HELD_OUT} chunks, so that one can be held out")
+    return float(total / count)

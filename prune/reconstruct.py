@@ -1,0 +1,169 @@
+"""Reconstruction: each layer's weights solved anew, so that on what is left it computes what it computed before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from netslim.prune.calibration import Calibration
+from netslim.prune.plan import Plan
+from netslim.prune.ridge import Moments, solve
+from netslim.prune.tracing import called_once, norms_after, traces
+
+POSITIONS = 32
+"""Places of a convolution's output, per image, that its system takes in; all where there are fewer."""
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    calibration: Calibration,
+    done: Callable[[int, int], None] = lambda number, count: None,
+) -> list[str]:
+    """Solve the convolutions and linear layers of the cut network anew, in place, in the order of execution.
+
+    Each one's change of weights, and a constant, are fitted by ridge least squares to what its output lacks of the
+    output of the same layer of the uncut model, on the input that the network repaired so far gives it (as He et al.
+    2017, arXiv 1707.06168, section 3.1, and here over all layers in turn). The ridge of each layer is the one that errs
+    least on the held-out chunks; a layer that none helps is left. The constant goes into the layer's bias, or into the
+    mean of the BatchNorm that alone reads it.
+
+    Layers that a forward pass calls more than once, and transposed convolutions, stay as they are.
+
+    Returns: the names of the layers that were solved.
+    Raises: ValueError if there are fewer images than a layer needs, or if activations are not finite.
+    """
+    graph = traces(small).graphs[0]
+    kept = {part.name: part.outputs for part in plan.slices}
+    norms, solved = norms_after(small, graph), []
+    layers = {
+        name: layer for name, layer in called_once(small, graph).items() if isinstance(layer, nn.Conv2d | nn.Linear)
+    }
+    model.eval()
+    for number, (name, layer) in enumerate(layers.items()):
+        fit, held = _moments(model, small, name, kept.get(name), number, calibration)
+        _check(fit, name, calibration)
+        norm = norms.get(name)
+        line = solve(fit, held, has_constant=layer.bias is not None or norm is not None)
+        if line is not None:
+            layer.weight += line.weight.flatten(0, 1).view_as(layer.weight).to(layer.weight)
+            add_constant(layer, norm, line.constant.flatten())
+            solved.append(name)
+        done(number + 1, len(layers))
+    return solved
+
+
+def add_constant(layer: nn.Conv2d | nn.Linear, norm: nn.modules.batchnorm._BatchNorm | None, constant: Tensor) -> bool:
+    """Add to a layer's output, (outputs,), in its bias, or the mean of the BatchNorm after it; False if it has none."""
+    if layer.bias is not None:
+        layer.bias += constant.to(layer.bias)
+    elif norm is not None and norm.running_mean is not None:
+        norm.running_mean -= constant.to(norm.running_mean)
+    else:
+        return False
+    return True
+
+
+def _moments(
+    model: nn.Module,
+    small: nn.Module,
+    name: str,
+    kept: tuple[int, ...] | None,
+    number: int,
+    calibration: Calibration,
+) -> tuple[Moments, Moments]:
+    """Moments of a layer's inputs and of what its outputs lack, over all ranks: to fit to, and held out."""
+    layer = small.get_submodule(name)
+    assert isinstance(layer, nn.Conv2d | nn.Linear), "asked before"
+    systems = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    weight = layer.weight
+    fit, held = (Moments.none(systems, weight[0].numel(), len(weight) // systems, weight.device) for _ in range(2))
+    with _up_to(small, layer) as inputs_of, _up_to(model, model.get_submodule(name)) as originals_of:
+        for chunk in calibration.read():
+            inputs, original = inputs_of(chunk.images), model.get_submodule(name).forward(originals_of(chunk.images))
+            if kept is not None:
+                dim = -1 if isinstance(layer, nn.Linear) else 1
+                original = original.index_select(dim, torch.tensor(kept, device=original.device))
+            lack = original - layer.forward(inputs)
+            part = held if chunk.is_held_out else fit
+            part.add(*_samples(layer, inputs, lack, seed=(number << 32) + chunk.number))
+    return fit.over(calibration.sum_over_ranks), held.over(calibration.sum_over_ranks)
+
+
+def _check(fit: Moments, name: str, calibration: Calibration) -> None:
+    if not fit.is_finite():
+        raise ValueError(
+            f"the activations at '{name}' are NaN or infinite, so its weights cannot be solved: the sparse model "
+            "diverged, or its file is damaged"
+        )
+    features = fit.x.shape[1]
+    if fit.n < features:
+        enough = -int(-features * calibration.num_images // int(fit.n))
+        raise ValueError(
+            f"'{name}' has {features} weights for each output, too many for {calibration.num_images} calibration "
+            f"images to determine; give at least {enough}, or leave `reconstruct` out"
+        )
+
+
+def _samples(layer: nn.Conv2d | nn.Linear, inputs: Tensor, lack: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Features (groups, samples, features) and lacks (groups, samples, outputs), at some places of the output."""
+    if isinstance(layer, nn.Linear):
+        return inputs.flatten(0, -2)[None], lack.flatten(0, -2)[None]
+    width = lack.shape[3]
+    places = torch.arange(lack.shape[2] * width)
+    if len(places) > POSITIONS:
+        places = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:POSITIONS]
+    places = places.to(inputs.device)
+    corners = (places // width, places % width)
+    rows, columns = (
+        corner[:, None] * stride + torch.arange(size, device=inputs.device) * dilation
+        for corner, stride, size, dilation in zip(corners, layer.stride, layer.kernel_size, layer.dilation, strict=True)
+    )
+    patches = _padded(layer, inputs)[
+        :, :, rows[:, :, None], columns[:, None, :]
+    ]  # (n, channels, places, height, width)
+    x = (
+        patches.view(len(patches), layer.groups, -1, *patches.shape[2:])
+        .permute(1, 0, 3, 2, 4, 5)
+        .flatten(3)
+        .flatten(1, 2)
+    )
+    y = lack.flatten(2)[:, :, places].view(len(lack), layer.groups, -1, len(places)).permute(1, 0, 3, 2).flatten(1, 2)
+    return x, y
+
+
+def _padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+class _Arrived(Exception):  # noqa: N818  # not an error: the rest of the forward pass is not needed
+    pass
+
+
+@contextmanager
+def _up_to(network: nn.Module, layer: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a function that runs the network on images as far as the layer, and returns what goes into it."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+        raise _Arrived
+
+    def run(images: Tensor) -> Tensor:
+        with suppress(_Arrived):
+            network(images)
+        return found.pop()
+
+    hook: RemovableHandle = layer.register_forward_pre_hook(stop)
+    try:
+        yield run
+    finally:
+        hook.remove()
