@@ -13,7 +13,7 @@ from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.describe import config_of_run, describe
 from netslim.launch.export import export_run
-from netslim.launch.mistakes import guarded
+from netslim.launch.mistakes import LOST_RANK, end_at_once, guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
 from netslim.launch.recipe import stages_of, start
 from netslim.launch.report import format_table, read_rows
@@ -33,7 +33,10 @@ COMMANDS = {
 
 def main() -> int:
     """The console script."""
-    return guarded(lambda: dispatch(sys.argv[1:]))
+    code = guarded(lambda: dispatch(sys.argv[1:]))
+    if code == LOST_RANK:
+        end_at_once(code)
+    return code
 
 
 def dispatch(arguments: Sequence[str]) -> int:

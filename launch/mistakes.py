@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from netslim.train import LostRankError, Preempted
 
@@ -25,8 +26,7 @@ def guarded(body: Callable[[], int | None]) -> int:
         return INTERRUPTED
     except LostRankError as error:
         print(f"netslim: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(LOST_RANK)  # at once: what is tidied up at the end takes seconds, and may wait for the lost rank
+        end_at_once(LOST_RANK)
     except Preempted as reason:
         if os.environ.get("RANK", "0") == "0":
             print(f"netslim: {reason}; the same command goes on from there", file=sys.stderr, flush=True)
@@ -42,6 +42,13 @@ def guarded(body: Callable[[], int | None]) -> int:
             where = f" (rank {rank})" if rank else ""
             print(f"netslim: {_one_line(error)}{where}", file=sys.stderr, flush=True)
         return MISTAKE
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End a process without what is tidied up at the end, which takes seconds and may wait for a lost rank."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_mistake(error: Exception) -> bool:
