@@ -8,11 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from netslim.data import check_batch_size, prepare
-from netslim.launch.artefacts import PREEMPTED_MARK, claim, is_complete, stage_directories
+from netslim.launch.artefacts import (
+    PREEMPTED_MARK,
+    claim,
+    is_complete,
+    read_json,
+    stage_directories,
+    stage_directory,
+)
 from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
-from netslim.launch.describe import config_of_run, describe
+from netslim.launch.describe import describe, preset_of_run
 from netslim.launch.export import export_run
+from netslim.launch.inspection import INSPECTION, format_inspection
 from netslim.launch.mistakes import LOST_RANK, end_at_once, guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
 from netslim.launch.recipe import stages_of, start
@@ -25,7 +33,7 @@ COMMANDS = {
     "prune": "cut the run's sparse model by the global threshold, at each ratio",
     "repair": "restore the run's cut models, with no training step",
     "finetune": "fine-tune the run's repaired models",
-    "inspect": "which channels can go, and why the others stay; also takes a run directory",
+    "inspect": "which channels can go, and why the others stay; of a run directory also what its sparse model bears",
     "data": "write the images of a preset as .beton files",
     "export": "write a run's slim model as ONNX, pt2 or stand-alone weights",
 }
@@ -54,9 +62,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         print(f"usage: netslim {command} PRESET [flags]\n\n{COMMANDS[command]}\n\n{list_presets()}")
         return 0
     preset, *flags = rest
-    if command == "inspect" and not flags and preset not in PRESETS and Path(preset).is_dir():
-        print(describe(config_of_run(Path(preset))))
-        return 0
+    if command == "inspect" and preset not in PRESETS and Path(preset).is_dir():
+        return inspect_run(Path(preset), flags)
     make = find_preset(preset)
     config = parse(f"netslim {command} {preset}", inspect.getdoc(make) or "", make(), flags)
     if command == "data":
@@ -85,6 +92,24 @@ def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments:
     print(format_table(read_rows(directory)))
     print(f"{directory}/results.json")
     return 0
+
+
+def inspect_run(run: Path, flags: Sequence[str]) -> int:
+    """Print the channels of a run's network, and, where its sparse model is there, what that can bear."""
+    preset = preset_of_run(run)
+    flags = ["--config", f"{run}/config.json", "--run-dir", str(run), *flags]
+    config = parse(f"netslim inspect {run}", COMMANDS["inspect"], find_preset(preset)(), flags)
+    print(describe(config), flush=True)
+    if not is_complete(stage_directory(run, "sparsify")):
+        return 0
+    if config.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    num_processes = config.num_processes or max(1, num_gpus())
+    check_devices(config.engine, num_processes)
+    code = start_processes(preset, config, ["inspect"], [preset, *flags], num_processes)
+    if not code:
+        print(f"\n{format_inspection(read_json(run / INSPECTION), config.inspect.loss)}\n{run / INSPECTION}")
+    return code
 
 
 def start_processes(

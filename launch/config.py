@@ -37,6 +37,17 @@ class PruneConfig(Rules):
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class InspectConfig:
+    ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
+        *(0.1, 0.2, 0.3, 0.4, 0.5),
+        *(0.6, 0.7, 0.8, 0.9),
+    )
+    """Ratios that are tried, by the run's own rules and repair; each in one of the processes."""
+    loss: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Accuracy that may be lost: the largest ratio that loses no more, repaired, is marked."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class RunConfig:
     data: DataConfig = DataConfig()
     """Which images, and how they reach the network."""
@@ -50,6 +61,8 @@ class RunConfig:
     """The global threshold."""
     repair: RepairConfig = RepairConfig()
     """What is restored after the cut, with no training step."""
+    inspect: InspectConfig = InspectConfig()
+    """What `netslim inspect` tries on the run's sparse model."""
     finetune: FitConfig = FitConfig()
     """Training of the small network."""
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -82,6 +95,7 @@ Config = TypeVar("Config")
 _FREE_FIELDS = (
     "record",
     "checkpoint",
+    "inspect",
     "max_restarts",
     "run_dir",
     "num_processes",
@@ -241,6 +255,7 @@ def _merge_file(preset: RunConfig, file: Path) -> RunConfig:
         raise ValueError(f"--config {file} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"--config {file} holds {type(values).__name__}, not fields with values")
+    values = {key: value for key, value in values.items() if key != "preset"}  # which a run's config.json says
     return from_dict(_merge(to_dict(preset), values), f"--config {file}")
 
 

@@ -18,6 +18,15 @@ def config_of_run(directory: Path) -> RunConfig:
     return from_dict({key: value for key, value in read_json(path).items() if key != "preset"}, str(path))
 
 
+def preset_of_run(directory: Path) -> str:
+    """The preset that a run was made by; raises as `config_of_run` does, and ValueError where the file names none."""
+    config_of_run(directory)
+    preset = read_json(directory / "config.json").get("preset")
+    if not isinstance(preset, str):
+        raise ValueError(f"{directory / 'config.json'} names no preset; name a run directory, not one of its stages")
+    return preset
+
+
 def describe(config: RunConfig) -> str:
     """Describe the channels of the configuration's network: who shares them, which can go, and why others stay.
 

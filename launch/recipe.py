@@ -24,10 +24,12 @@ from netslim.launch.artefacts import (
     occupied,
     read_stage,
     stage_directory,
+    write_json,
     write_stage,
 )
 from netslim.launch.cluster import end_with_launcher
 from netslim.launch.config import RunConfig, fixed_fields, parse, run_directory, to_dict
+from netslim.launch.inspection import INSPECTION, describe_gammas, try_ratio
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
@@ -45,7 +47,20 @@ from netslim.prune import (
     prove,
     repair,
 )
-from netslim.train import FitConfig, ModelConfig, Preempted, Record, Runtime, Saver, Store, build_model, evaluate, fit
+from netslim.train import (
+    FitConfig,
+    ModelConfig,
+    Preempted,
+    Record,
+    Runtime,
+    Saver,
+    Store,
+    build_model,
+    describe_pull,
+    evaluate,
+    fit,
+    travel,
+)
 from netslim.train.models import build_network, is_own
 
 STAGES = ("sparsify", "prune", "repair", "finetune")
@@ -60,6 +75,11 @@ class Job:
     run: Runtime
     loaders: Loaders
     directory: Path
+
+    @property
+    def shard(self) -> Shard:
+        """This process's part of the images."""
+        return Shard(self.run.rank, self.run.world_size)
 
     def build(self) -> nn.Module:
         """The network before it is slimmed, newly initialised, on this rank's device."""
@@ -86,12 +106,17 @@ def stages_of(command: str, config: RunConfig) -> tuple[str, ...]:
         raise ValueError(
             "repair.steps is empty, so there is nothing to repair by; name absorb, reconstruct or recalibrate"
         )
+    if command == "inspect":
+        return ("inspect",)
     every = tuple(stage for stage in STAGES if stage != "repair" or config.repair.steps)
     return every if command == "run" else (command,)
 
 
 def run_recipe(job: Job, stages: Sequence[str] = STAGES) -> None:
     """Sparsify once; then for each ratio cut the same sparse model and fine-tune what is left."""
+    if "inspect" in stages:
+        inspect_sparse(job)
+        return
     rehearse(job)
     if "sparsify" in stages:
         sparsify(job)
@@ -179,23 +204,10 @@ def restore(job: Job, ratio: float) -> None:
         return
     started = time.perf_counter()
     sparse, small = job.read(job.path("sparsify"), "sparsify"), job.read(source, "prune")
-    plan, config = load_plan(source), job.config
+    plan, config = load_plan(source), job.config.repair
     assert plan is not None, "the prune stage writes one"
-    loader = open_calibration(
-        config.data,
-        job.loaders.info,
-        Shard(run.rank, run.world_size),
-        num_images=config.repair.images,
-        seed=config.seed,
-        device=run.device,
-    )
-    calibration = Calibration(
-        read=lambda: (Chunk(*chunk) for chunk in loader),
-        num_images=loader.num_images,
-        example=loader.first(2),
-        sum_over_ranks=run.sum_over_ranks,
-    )
-    repaired, outcome = repair(sparse, small, plan, calibration, config.repair)
+    calibration = replace(calibrate(job, job.shard, config.images), sum_over_ranks=run.sum_over_ranks)
+    repaired, outcome = repair(sparse, small, plan, calibration, config)
     run.check_equal(repaired, f"after the repair at ratio {ratio}")
     seconds = time.perf_counter() - started
     evaluation = evaluate(repaired, job.loaders.test, run)
@@ -214,6 +226,54 @@ def restore(job: Job, ratio: float) -> None:
     with open_record(job, directory, metrics) as record:
         record.say(f"{outcome}, in {seconds:.1f} s, accuracy {evaluation.accuracy:.4f}")
         record.finish(finish(job, repaired, plan, directory, metrics, started))
+
+
+def calibrate(job: Job, shard: Shard, num_images: int) -> Calibration:
+    """Training images to repair by, of which this process reads its share."""
+    data, info, seed = job.config.data, job.loaders.info, job.config.seed
+    loader = open_calibration(data, info, shard, num_images=num_images, seed=seed, device=job.run.device)
+    return Calibration(
+        read=lambda: (Chunk(*chunk) for chunk in loader), num_images=loader.num_images, example=loader.first(2)
+    )
+
+
+def inspect_sparse(job: Job) -> None:
+    """Cut and repair the sparse model at many ratios, each in one of the processes; rank 0 writes what they found."""
+    config, run = job.config, job.run
+    sparse = job.read(job.path("sparsify"), "sparsify")
+    channels = map_channels(sparse, blank_image(job), config.prune.coupling)
+
+    def try_own() -> list[dict[str, Any]]:
+        alone = Shard(0, 1)
+        calibration = calibrate(job, alone, config.repair.images)
+        test = open_loaders(config.data, job.loaders.info, alone, seed=config.seed, device=run.device).test
+        own = config.inspect.ratios[run.rank :: run.world_size]
+        rules = config.prune.rules
+        return [try_ratio(sparse, channels, ratio, rules, config.repair, calibration, test) for ratio in own]
+
+    own = run.on_all(try_own)
+    accuracy = evaluate(sparse, job.loaders.test, run).accuracy
+    everyone = run.gather(own)
+
+    def write() -> None:
+        ratio = max(config.prune.ratio)
+        price = cost(sparse, blank_image(job))
+        first = open_gammas(job.build(), channels, config.prune.rules)
+        pull, _ = describe_pull(
+            first, config.sparsity.weight, travel(config.sparsify, job.loaders.train.steps_per_epoch)
+        )
+        found = {
+            "accuracy": accuracy,
+            "params": price.params,
+            "macs": price.macs,
+            "pull": pull,
+            "ratio": ratio,
+            "layers": describe_gammas(sparse, channels, ratio, config.prune.coupling),
+            "ratios": sorted((row for rows in everyone or [] for row in rows), key=lambda row: float(row["ratio"])),
+        }
+        write_json(job.directory / INSPECTION, found)
+
+    run.on_main(write)
 
 
 def origin(config: ModelConfig, num_classes: int) -> Origin:

@@ -246,7 +246,7 @@ def test_sparsity_training_says_how_many_channels_are_prunable(
     assert "sparse: 172 of 172 channels are prunable\n" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("coupling", ["group", "select"])
+@pytest.mark.parametrize("coupling", [pytest.param("group", marks=pytest.mark.slow), "select"])
 def test_a_residual_network_is_slimmed_end_to_end_under_either_coupling(
     coupling: str, netslim: Netslim, tiny: list[object]
 ) -> None:

@@ -106,7 +106,8 @@ def kill_and_finish(
     return killed
 
 
-@pytest.mark.parametrize(("rank", "share"), [(0, 0.4), (1, 0.6), (0, 0.8)])
+@pytest.mark.timeout(900)  # for a busy machine: two whole runs, and two more for the first one's fixture
+@pytest.mark.parametrize(("rank", "share"), [(0, 0.4), (1, 0.6), pytest.param(0, 0.8, marks=pytest.mark.slow)])
 def test_a_kill_changes_nothing(
     rank: int, share: float, tmp_path: Path, flags: list[object], undisturbed: dict[str, Any]
 ) -> None:

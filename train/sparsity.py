@@ -1,5 +1,6 @@
 """The L1 penalty on BatchNorm scales that makes channels removable (Liu et al. 2017, eq. 1, arXiv 1708.06519)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -144,6 +145,12 @@ def describe_pull(gammas: Sequence[Tensor], weight: float, travel: float) -> tup
         return line, False
     return (
         f"{line}: this lambda cannot bring the gammas to zero in this schedule, so that pruning will cut channels that "
-        f"matter; a lambda of {median / travel:.1g} or more can, or more epochs, or a higher learning rate",
+        f"matter; a lambda of {_rounded_up(median / travel):g} or more can, or more epochs, or a higher learning rate",
         True,
     )
+
+
+def _rounded_up(value: float) -> float:
+    """To two digits, and never to less: a lambda that is said to suffice has to."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(round(value / unit, 6)) * unit

@@ -1,0 +1,142 @@
+"""What a sparse model can bear: its gammas, layer by layer, and what each ratio costs, cut and repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from netslim.launch.report import aligned
+from netslim.prune import Calibration, ChannelMap, Coupling, RepairConfig, Rules, cost, cut, plan_network, repair
+
+INSPECTION = "inspect.json"
+"""In a run's directory."""
+BINS = 16
+"""Of a histogram of |gamma|, from 0 to the largest of the network."""
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def describe_gammas(
+    model: nn.Module, channels: ChannelMap, ratio: float, coupling: Coupling = "group"
+) -> list[dict[str, Any]]:
+    """Describe |gamma| of every BatchNorm with a removable one: a row of figures and a histogram.
+
+    ``below_threshold`` is the share that falls below the threshold of the ratio, before any rule holds some; 1 is a
+    layer that the threshold would empty.
+    """
+    found = {name: gamma.detach().abs().float().cpu() for name, gamma in channels.named_gammas(model, coupling).items()}
+    every = torch.cat(list(found.values())).sort().values
+    threshold = every[max(0, int(ratio * len(every)) - 1)]
+    top = float(every[-1]) or 1.0
+    return [
+        {
+            "layer": name,
+            "channels": len(gamma),
+            "median": float(gamma.median()),
+            "largest": float(gamma.max()),
+            "below_1e-2": float((gamma < 1e-2).float().mean()),
+            "below_1e-3": float((gamma < 1e-3).float().mean()),
+            "below_threshold": float((gamma <= threshold).float().mean()),
+            "histogram": np.histogram(gamma, bins=BINS, range=(0, top))[0].tolist(),
+        }
+        for name, gamma in found.items()
+    ]
+
+
+def try_ratio(
+    model: nn.Module,
+    channels: ChannelMap,
+    ratio: float,
+    rules: Rules,
+    config: RepairConfig,
+    calibration: Calibration,
+    test: Iterable[tuple[Tensor, Tensor]],
+) -> dict[str, Any]:
+    """Cut and repair a copy of the model; gives accuracies and costs, or why the ratio is refused."""
+    example = calibration.example
+    try:
+        plan = plan_network(model, channels, example[:1], ratio, rules)
+        small = cut(model, plan)
+        repaired, report = repair(model, small, plan, calibration, config)
+    except ValueError as error:
+        return {"ratio": ratio, "refused": str(error)}
+    price = cost(small, example[:1])
+    return {
+        "ratio": ratio,
+        "cut": accuracy(small, test),
+        "repaired": accuracy(repaired, test),
+        "steps": list(report.kept),
+        "params": price.params,
+        "macs": price.macs,
+    }
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Share of the images that the network classifies correctly, in this process."""
+    model.eval()
+    correct = total = 0
+    for images, labels in batches:
+        correct += int((model(images).argmax(1) == labels).sum())
+        total += len(labels)
+    return correct / total
+
+
+def largest_ratio(found: dict[str, Any], loss: float) -> float | None:
+    """The largest ratio that, repaired, loses no more than ``loss`` of the sparse model's accuracy; None if none."""
+    borne = [row["ratio"] for row in found["ratios"] if row.get("repaired", -1.0) >= found["accuracy"] - loss]
+    return max(borne, default=None)
+
+
+def format_inspection(found: dict[str, Any], loss: float) -> str:
+    """What ``inspect`` found, as text: gammas by layer, the pull, accuracy by ratio."""
+    lines = [_gamma_table(found["layers"]), "", found["pull"], ""]
+    emptied = [row["layer"] for row in found["layers"] if row["below_threshold"] == 1]
+    if emptied:
+        lines += [f"the threshold of ratio {found['ratio']:g} would empty {', '.join(emptied)}; floors hold them", ""]
+    return "\n".join([*lines, _ratio_table(found, largest_ratio(found, loss), loss)])
+
+
+def _gamma_table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ["layer", "channels", "median", "largest", "< 1e-2", "< 1e-3", "below threshold", "|gamma|"]
+    return aligned(
+        [
+            head,
+            *(
+                [
+                    row["layer"],
+                    str(row["channels"]),
+                    f"{row['median']:.3g}",
+                    f"{row['largest']:.3g}",
+                    *(f"{row[key]:.0%}" for key in ("below_1e-2", "below_1e-3", "below_threshold")),
+                    _sparkline(row["histogram"]),
+                ]
+                for row in rows
+            ),
+        ]
+    )
+
+
+def _sparkline(counts: Sequence[int]) -> str:
+    most = max(counts) or 1
+    return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
+
+
+def _ratio_table(found: dict[str, Any], best: float | None, loss: float) -> str:
+    lines = [["ratio", "cut", "repaired", "params", "macs", ""]]
+    lines.append(
+        ["0", f"{found['accuracy']:.2%}", "", f"{found['params']:,}", f"{found['macs']:,}", "the sparse model"]
+    )
+    refused = []
+    for row in found["ratios"]:
+        if "refused" in row:
+            refused.append(f"ratio {row['ratio']:g}: {row['refused']}")
+            continue
+        mark = f"<- the largest that loses at most {loss:.2%}" if row["ratio"] == best else ""
+        figures = [f"{row['cut']:.2%}", f"{row['repaired']:.2%}", f"{row['params']:,}", f"{row['macs']:,}"]
+        lines.append([f"{row['ratio']:g}", *figures, mark])
+    none = [] if best is not None else [f"no ratio loses at most {loss:.2%}"]
+    return "\n".join([aligned(lines), *refused, *none])

@@ -1,0 +1,89 @@
+"""`netslim inspect RUN`: what a sparse model bears, told before anything is cut for good."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_launch_cli import Netslim, assert_one_line, smallest
+
+from netslim.launch.cli import dispatch
+from netslim.launch.inspection import format_inspection, largest_ratio
+
+RATIOS = ("--inspect.ratios", 0.3, 0.5, 0.99)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Path:
+    directory = tmp_path_factory.mktemp("inspected") / "run"
+    # a loader that compiles would do so for each command
+    loader = ["--data.loader", "torch", "--data.num-workers", 0]
+    flags = [str(flag) for flag in [*smallest(directory, data_cache), *loader]]
+    for command in ("sparsify", "prune", "repair"):
+        assert dispatch([command, *flags, "--prune.ratio", "0.5"]) == 0
+    return directory
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def inspection(run: Path) -> dict:
+    return json.loads((run / "inspect.json").read_text())
+
+
+def test_it_says_what_the_run_itself_comes_to_and_marks_the_largest_ratio_within_the_loss(
+    run: Path, netslim: Netslim, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch([str(part) for part in ("inspect", run, *RATIOS, "--inspect.loss", 0.9)]) == 0
+    printed = capfd.readouterr().out
+    (marked,) = [line for line in printed.splitlines() if "the largest that loses at most 90.00%" in line]
+    assert marked.split()[0] == "0.5"
+    assert "pull " in printed
+    low, middle, high = inspection(run)["ratios"]
+    assert [row["ratio"] for row in (low, middle, high)] == [0.3, 0.5, 0.99]
+    for stage, key in (("prune-0.50", "cut"), ("repair-0.50", "repaired")):
+        metrics = json.loads((run / stage / "metrics.json").read_text())
+        assert (middle[key], middle["params"], middle["macs"]) == tuple(
+            metrics[name] for name in ("accuracy", "params", "macs")
+        )
+    assert low["params"] > middle["params"]
+    assert "the largest ratio possible" in high["refused"]
+    assert not (run / "prune-0.30").exists()
+
+
+@pytest.mark.slow
+def test_the_ratios_are_shared_among_processes(run: Path, netslim: Netslim) -> None:
+    assert netslim("inspect", run, *RATIOS)[0] == 0
+    alone = inspection(run)
+    assert netslim("inspect", run, *RATIOS, "--num-processes", 2)[0] == 0
+    assert inspection(run) == alone
+
+
+ROWS = [{"ratio": 0.3, "cut": 0.1, "repaired": 0.9}, {"ratio": 0.5, "cut": 0.1, "repaired": 0.85}]
+ROWS += [{"ratio": 0.7, "cut": 0.1, "repaired": 0.895}, {"ratio": 0.9, "refused": "why"}]
+
+
+@pytest.mark.parametrize(("loss", "best"), [(0.0, None), (0.01, 0.3), (0.02, 0.7), (0.1, 0.7)])
+def test_the_largest_ratio_is_the_last_that_loses_no_more_than_allowed(loss: float, best: float | None) -> None:
+    assert largest_ratio({"accuracy": 0.91, "ratios": ROWS}, loss) == best
+
+
+def test_layers_that_the_threshold_would_empty_are_named() -> None:
+    layers = [
+        {"layer": name, "channels": 4, "median": 0.1, "largest": 0.2, "below_1e-2": 0.0, "below_1e-3": 0.0}
+        | {"below_threshold": share, "histogram": [0, 4]}
+        for name, share in (("a", 0.5), ("b", 1.0))
+    ]
+    rows = [{"ratio": 0.5, "cut": 0.1, "repaired": 0.2, "params": 1, "macs": 1}]
+    found = {"accuracy": 0.9, "params": 2, "macs": 2, "pull": "", "ratio": 0.5, "layers": layers, "ratios": rows}
+    text = format_inspection(found, 0.01)
+    assert "the threshold of ratio 0.5 would empty b; floors hold them" in text
+    assert "no ratio loses at most 1.00%" in text
+
+
+def test_a_stage_is_no_run_to_inspect(run: Path, netslim: Netslim) -> None:
+    code, error = netslim("inspect", run / "sparse")
+    assert code == 2
+    assert_one_line(error, "names no preset; name a run directory, not one of its stages")
