@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_end_to_end import SHORT
 from test_launch_faults import assert_equal_runs
 
@@ -66,7 +67,8 @@ def be_rank(rank: int, port: int, arguments: list[str], log: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream.fileno())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)  # OMP_NUM_THREADS comes too late for a copy
     sys.argv = ["recipe", *arguments]
     sys.exit(guarded(main))
 
