@@ -16,9 +16,6 @@ from netslim.data.sources import DataConfig, open_source
 
 __all__ = ["CalibrationLoader", "Loaders", "Shard", "TestLoader", "TrainLoader", "open_calibration", "open_loaders"]
 
-_CHUNK, _FEWEST_CHUNKS = 64, 16
-"""Images in a chunk for calibration; fewer, where there would not be enough chunks to hold some out."""
-
 Batch = tuple[Tensor, Tensor]
 
 
@@ -161,16 +158,22 @@ def open_loaders(
 
 
 def open_calibration(
-    config: DataConfig, info: DataInfo, shard: Shard, *, num_images: int, seed: int, device: torch.device
+    config: DataConfig,
+    info: DataInfo,
+    shard: Shard,
+    *,
+    num_images: int,
+    chunk_size: int,
+    seed: int,
+    device: torch.device,
 ) -> CalibrationLoader:
     """Opens ``num_images`` training images drawn by the seed, or all where there are fewer, for one rank.
 
     Raises ValueError as ``open_loaders`` does.
     """
     order = epoch_order(info.num_train, seed, 0)[:num_images]
-    size = max(1, min(_CHUNK, len(order) // _FEWEST_CHUNKS))
-    reader, _ = _open_readers(config, info, size, None, device)
-    return CalibrationLoader(reader, _ToDevice(info, device), order, size, shard)
+    reader, _ = _open_readers(config, info, chunk_size, None, device)
+    return CalibrationLoader(reader, _ToDevice(info, device), order, chunk_size, shard)
 
 
 def _open_readers(

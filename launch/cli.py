@@ -76,10 +76,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments: Sequence[str]) -> int:
     """Check, start the processes, wait for them, print the table."""
-    if config.cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "1"
-    num_processes = config.num_processes or max(1, num_gpus())
-    check_devices(config.engine, num_processes)
+    num_processes = count_processes(config)
     check_model(config.model)
     check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
     directory = run_directory(preset, config)
@@ -102,14 +99,19 @@ def inspect_run(run: Path, flags: Sequence[str]) -> int:
     print(describe(config), flush=True)
     if not is_complete(stage_directory(run, "sparsify")):
         return 0
+    code = start_processes(preset, config, ["inspect"], [preset, *flags], count_processes(config))
+    if not code:
+        print(f"\n{format_inspection(read_json(run / INSPECTION), config.inspect.loss)}\n{run / INSPECTION}")
+    return code
+
+
+def count_processes(config: RunConfig) -> int:
+    """How many processes a run has on this machine; raises ValueError where that cannot be."""
     if config.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "1"
     num_processes = config.num_processes or max(1, num_gpus())
     check_devices(config.engine, num_processes)
-    code = start_processes(preset, config, ["inspect"], [preset, *flags], num_processes)
-    if not code:
-        print(f"\n{format_inspection(read_json(run / INSPECTION), config.inspect.loss)}\n{run / INSPECTION}")
-    return code
+    return num_processes
 
 
 def start_processes(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from netslim.launch.report import aligned
 from netslim.prune import Calibration, ChannelMap, Coupling, RepairConfig, Rules, cost, cut, plan_network, repair
@@ -19,9 +19,7 @@ BINS = 16
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-def describe_gammas(
-    model: nn.Module, channels: ChannelMap, ratio: float, coupling: Coupling = "group"
-) -> list[dict[str, Any]]:
+def describe_gammas(model: nn.Module, channels: ChannelMap, ratio: float, coupling: Coupling) -> list[dict[str, Any]]:
     """Describe |gamma| of every BatchNorm with a removable one: a row of figures and a histogram.
 
     ``below_threshold`` is the share that falls below the threshold of the ratio, before any rule holds some; 1 is a
@@ -53,7 +51,7 @@ def try_ratio(
     rules: Rules,
     config: RepairConfig,
     calibration: Calibration,
-    test: Iterable[tuple[Tensor, Tensor]],
+    accuracy: Callable[[nn.Module], float],
 ) -> dict[str, Any]:
     """Cut and repair a copy of the model; gives accuracies and costs, or why the ratio is refused."""
     example = calibration.example
@@ -66,23 +64,12 @@ def try_ratio(
     price = cost(small, example[:1])
     return {
         "ratio": ratio,
-        "cut": accuracy(small, test),
-        "repaired": accuracy(repaired, test),
+        "cut": accuracy(small),
+        "repaired": accuracy(repaired),
         "steps": list(report.kept),
         "params": price.params,
         "macs": price.macs,
     }
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Share of the images that the network classifies correctly, in this process."""
-    model.eval()
-    correct = total = 0
-    for images, labels in batches:
-        correct += int((model(images).argmax(1) == labels).sum())
-        total += len(labels)
-    return correct / total
 
 
 def largest_ratio(found: dict[str, Any], loss: float) -> float | None:

@@ -35,10 +35,8 @@ def guarded(body: Callable[[], int | None]) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if not _is_mistake(error):
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        # rank 0 reports what all ranks find out together
-        is_echo = getattr(error, "is_echo", isinstance(error, FloatingPointError) and rank > 0)
-        if not is_echo:
+        if not getattr(error, "is_echo", False):  # of an error that another rank reports
+            rank = int(os.environ.get("RANK", "0"))
             where = f" (rank {rank})" if rank else ""
             print(f"netslim: {_one_line(error)}{where}", file=sys.stderr, flush=True)
         return MISTAKE

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from netslim.prune import (
     Chunk,
     Origin,
     Plan,
+    chunk_size,
     cost,
     cut,
     load_plan,
@@ -76,10 +78,11 @@ class Job:
     loaders: Loaders
     directory: Path
 
-    @property
-    def shard(self) -> Shard:
-        """This process's part of the images."""
-        return Shard(self.run.rank, self.run.world_size)
+    @cached_property
+    def calibration(self) -> Calibration:
+        """The training images that repairs share, over all ranks: opened once for all ratios."""
+        shard = Shard(self.run.rank, self.run.world_size)
+        return replace(calibrate(self, shard), sum_over_ranks=self.run.sum_over_ranks)
 
     def build(self) -> nn.Module:
         """The network before it is slimmed, newly initialised, on this rank's device."""
@@ -106,8 +109,6 @@ def stages_of(command: str, config: RunConfig) -> tuple[str, ...]:
         raise ValueError(
             "repair.steps is empty, so there is nothing to repair by; name absorb, reconstruct or recalibrate"
         )
-    if command == "inspect":
-        return ("inspect",)
     every = tuple(stage for stage in STAGES if stage != "repair" or config.repair.steps)
     return every if command == "run" else (command,)
 
@@ -204,10 +205,9 @@ def restore(job: Job, ratio: float) -> None:
         return
     started = time.perf_counter()
     sparse, small = job.read(job.path("sparsify"), "sparsify"), job.read(source, "prune")
-    plan, config = load_plan(source), job.config.repair
+    plan = load_plan(source)
     assert plan is not None, "the prune stage writes one"
-    calibration = replace(calibrate(job, job.shard, config.images), sum_over_ranks=run.sum_over_ranks)
-    repaired, outcome = repair(sparse, small, plan, calibration, config)
+    repaired, outcome = repair(sparse, small, plan, job.calibration, job.config.repair)
     run.check_equal(repaired, f"after the repair at ratio {ratio}")
     seconds = time.perf_counter() - started
     evaluation = evaluate(repaired, job.loaders.test, run)
@@ -219,7 +219,7 @@ def restore(job: Job, ratio: float) -> None:
         "loss_cut": outcome.loss_cut,
         "loss_repaired": outcome.loss,
         "steps": list(outcome.kept),
-        "num_images": calibration.num_images,
+        "num_images": job.calibration.num_images,
         "repair_seconds": seconds,
         "plan_digest": plan.digest,
     }
@@ -228,10 +228,18 @@ def restore(job: Job, ratio: float) -> None:
         record.finish(finish(job, repaired, plan, directory, metrics, started))
 
 
-def calibrate(job: Job, shard: Shard, num_images: int) -> Calibration:
+def calibrate(job: Job, shard: Shard) -> Calibration:
     """Training images to repair by, of which this process reads its share."""
-    data, info, seed = job.config.data, job.loaders.info, job.config.seed
-    loader = open_calibration(data, info, shard, num_images=num_images, seed=seed, device=job.run.device)
+    num_images = min(job.config.repair.images, job.loaders.info.num_train)
+    loader = open_calibration(
+        job.config.data,
+        job.loaders.info,
+        shard,
+        num_images=num_images,
+        chunk_size=chunk_size(num_images),
+        seed=job.config.seed,
+        device=job.run.device,
+    )
     return Calibration(
         read=lambda: (Chunk(*chunk) for chunk in loader), num_images=loader.num_images, example=loader.first(2)
     )
@@ -245,11 +253,21 @@ def inspect_sparse(job: Job) -> None:
 
     def try_own() -> list[dict[str, Any]]:
         alone = Shard(0, 1)
-        calibration = calibrate(job, alone, config.repair.images)
+        calibration = calibrate(job, alone)
         test = open_loaders(config.data, job.loaders.info, alone, seed=config.seed, device=run.device).test
         own = config.inspect.ratios[run.rank :: run.world_size]
-        rules = config.prune.rules
-        return [try_ratio(sparse, channels, ratio, rules, config.repair, calibration, test) for ratio in own]
+        return [
+            try_ratio(
+                sparse,
+                channels,
+                ratio,
+                config.prune.rules,
+                config.repair,
+                calibration,
+                lambda network: evaluate(network, test, run, alone=True).accuracy,
+            )
+            for ratio in own
+        ]
 
     own = run.on_all(try_own)
     accuracy = evaluate(sparse, job.loaders.test, run).accuracy

@@ -1,7 +1,7 @@
 """Slimming a network: which channels can go, which do, the cut itself, its cost, and the files it leaves."""
 
 from netslim.prune.artefact import load, load_plan, save
-from netslim.prune.calibration import Calibration, Chunk
+from netslim.prune.calibration import Calibration, Chunk, chunk_size
 from netslim.prune.carry import carry
 from netslim.prune.channels import ChannelMap, Coupling, map_channels
 from netslim.prune.choose import make_plan
@@ -29,6 +29,7 @@ __all__ = [
     "RepairConfig",
     "Rules",
     "carry",
+    "chunk_size",
     "cost",
     "cut",
     "export",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from netslim.prune.plan import Plan, Slice
 from netslim.prune.reconstruct import add_constant
+from netslim.prune.surgery import silenced
 from netslim.prune.tracing import norms_after, traces
 
 _SAME = 1e-5
@@ -30,7 +29,7 @@ def absorb(model: nn.Module, small: nn.Module, plan: Plan, images: Tensor) -> li
     Returns: the names of the layers that took in something.
     """
     norms, taken = norms_after(small, traces(small).graphs[0]), []
-    for part, shift in _shifts(_without_gammas(model, plan).eval(), plan, images):
+    for part, shift in _shifts(silenced(model, plan, ("weight",)).eval(), plan, images):
         layer = small.get_submodule(part.name)
         assert isinstance(layer, nn.Conv2d | nn.Linear), "asked before"
         if shift.any() and add_constant(layer, norms.get(part.name), shift):
@@ -52,17 +51,6 @@ def _shifts(twin: nn.Module, plan: Plan, images: Tensor) -> list[tuple[Slice, Te
             hooks.append(layer.register_forward_pre_hook(keep))
     twin(images)
     return found
-
-
-def _without_gammas(model: nn.Module, plan: Plan) -> nn.Module:
-    """Copy the network with the removed channels' gammas at 0 and their betas as they are."""
-    twin = copy.deepcopy(model)
-    for layer in plan.layers:
-        norm = twin.get_submodule(layer.name)
-        assert isinstance(norm, _BatchNorm), "checked by the cut"
-        gone = sorted(set(range(layer.width)) - set(layer.kept))
-        norm.weight[gone] = 0
-    return twin
 
 
 def _shift(layer: nn.Conv2d | nn.Linear, part: Slice, inputs: Tensor) -> Tensor:

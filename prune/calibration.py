@@ -46,10 +46,15 @@ class Calibration:
     @classmethod
     def of(cls, images: Tensor, labels: Tensor) -> Self:
         """Take images (n, 3, height, width) and labels (n,) that are in the memory of one process, on the device."""
-        size = max(1, min(_CHUNK, len(images) // FEWEST))
+        size = chunk_size(len(images))
         pairs = zip(torch.split(images, size), torch.split(labels, size), strict=True)
         chunks = [Chunk(number, *pair) for number, pair in enumerate(pairs)]
         return cls(read=lambda: chunks, num_images=len(images), example=images[:2])
+
+
+def chunk_size(num_images: int) -> int:
+    """Images in a chunk: few enough that some chunks can be held out."""
+    return max(1, min(_CHUNK, num_images // FEWEST))
 
 
 @torch.no_grad()

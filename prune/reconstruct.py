@@ -20,13 +20,7 @@ POSITIONS = 32
 
 
 @torch.no_grad()
-def reconstruct(
-    model: nn.Module,
-    small: nn.Module,
-    plan: Plan,
-    calibration: Calibration,
-    done: Callable[[int, int], None] = lambda number, count: None,
-) -> list[str]:
+def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Calibration) -> list[str]:
     """Solve the convolutions and linear layers of the cut network anew, in place, in the order of execution.
 
     Each one's change of weights, and a constant, are fitted by ridge least squares to what its output lacks of the
@@ -56,7 +50,6 @@ def reconstruct(
             layer.weight += line.weight.flatten(0, 1).view_as(layer.weight).to(layer.weight)
             add_constant(layer, norm, line.constant.flatten())
             solved.append(name)
-        done(number + 1, len(layers))
     return solved
 
 
@@ -80,17 +73,18 @@ def _moments(
     calibration: Calibration,
 ) -> tuple[Moments, Moments]:
     """Moments of a layer's inputs and of what its outputs lack, over all ranks: to fit to, and held out."""
-    layer = small.get_submodule(name)
+    layer, old = small.get_submodule(name), model.get_submodule(name)
     assert isinstance(layer, nn.Conv2d | nn.Linear), "asked before"
+    dim = -1 if isinstance(layer, nn.Linear) else 1
+    indices = None if kept is None else torch.tensor(kept, device=layer.weight.device)
     systems = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.weight
     fit, held = (Moments.none(systems, weight[0].numel(), len(weight) // systems, weight.device) for _ in range(2))
-    with _up_to(small, layer) as inputs_of, _up_to(model, model.get_submodule(name)) as originals_of:
+    with _up_to(small, layer) as inputs_of, _up_to(model, old) as old_inputs_of:
         for chunk in calibration.read():
-            inputs, original = inputs_of(chunk.images), model.get_submodule(name).forward(originals_of(chunk.images))
-            if kept is not None:
-                dim = -1 if isinstance(layer, nn.Linear) else 1
-                original = original.index_select(dim, torch.tensor(kept, device=original.device))
+            inputs, original = inputs_of(chunk.images), old.forward(old_inputs_of(chunk.images))
+            if indices is not None:
+                original = original.index_select(dim, indices)
             lack = original - layer.forward(inputs)
             part = held if chunk.is_held_out else fit
             part.add(*_samples(layer, inputs, lack, seed=(number << 32) + chunk.number))
@@ -126,15 +120,10 @@ def _samples(layer: nn.Conv2d | nn.Linear, inputs: Tensor, lack: Tensor, seed: i
         corner[:, None] * stride + torch.arange(size, device=inputs.device) * dilation
         for corner, stride, size, dilation in zip(corners, layer.stride, layer.kernel_size, layer.dilation, strict=True)
     )
-    patches = _padded(layer, inputs)[
-        :, :, rows[:, :, None], columns[:, None, :]
-    ]  # (n, channels, places, height, width)
-    x = (
-        patches.view(len(patches), layer.groups, -1, *patches.shape[2:])
-        .permute(1, 0, 3, 2, 4, 5)
-        .flatten(3)
-        .flatten(1, 2)
-    )
+    # (n, channels, places, height, width), by groups
+    patches = _padded(layer, inputs)[:, :, rows[:, :, None], columns[:, None, :]]
+    patches = patches.view(len(patches), layer.groups, -1, *patches.shape[2:])
+    x = patches.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)
     y = lack.flatten(2)[:, :, places].view(len(lack), layer.groups, -1, len(places)).permute(1, 0, 3, 2).flatten(1, 2)
     return x, y
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -73,14 +72,12 @@ def repair(
     plan: Plan,
     calibration: Calibration,
     config: RepairConfig | None = None,
-    done: Callable[[int, int], None] = lambda number, count: None,
 ) -> tuple[nn.Module, Repair]:
     """Repair what `cut(model, plan)` gave: a copy of `small` with the same shapes, and what was done; no training step.
 
     The steps run in the order of `STEPS`. With `auto` one that does not lower the loss on the held-out images is
     undone, so that the result is never worse there than the cut. On several ranks all end with the same weights.
 
-    Args: done, called with the number of layers reconstructed so far, and of all.
     Raises: ValueError if there are too few images, or as `reconstruct` does.
     """
     config = config or RepairConfig()
@@ -93,7 +90,7 @@ def repair(
         if step == "absorb":
             absorb(model, network, plan, calibration.example)
         elif step == "reconstruct":
-            reconstruct(model, network, plan, calibration, done)
+            reconstruct(model, network, plan, calibration)
         else:
             recalibrate(network, calibration)
         after = held_out_loss(network, calibration)

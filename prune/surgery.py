@@ -45,14 +45,20 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Copy the network with gamma and beta of the removed channels at 0: what `cut` has to equal, and raises alike."""
+    return silenced(model, plan, ("weight", "bias"))
+
+
+def silenced(model: nn.Module, plan: Plan, names: Sequence[str]) -> nn.Module:
+    """Copy the network with these parameters of the removed channels at 0; raises as `cut` does."""
     fitting_layers(model, plan)
     twin = copy.deepcopy(model)
     for layer in plan.layers:
         gone = sorted(set(range(layer.width)) - set(layer.kept))
         norm = twin.get_submodule(layer.name)
         with torch.no_grad():
-            for parameter in norm.parameters(recurse=False):
-                parameter[gone] = 0
+            for name, parameter in norm.named_parameters(recurse=False):
+                if name in names:
+                    parameter[gone] = 0
     return twin
 
 

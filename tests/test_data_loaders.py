@@ -78,7 +78,7 @@ def chunks(
     config: DataConfig, info: DataInfo, num_images: int, rank: int = 0, ranks: int = 1
 ) -> list[tuple[int, Tensor, Tensor]]:
     shard = Shard(rank, ranks)
-    return [*open_calibration(config, info, shard, num_images=num_images, seed=7, device=CPU)]
+    return [*open_calibration(config, info, shard, num_images=num_images, chunk_size=18, seed=7, device=CPU)]
 
 
 def test_calibration_images_are_training_images_without_augmentation_by_either_loader(
@@ -105,7 +105,7 @@ def test_chunks_for_calibration_do_not_depend_on_the_number_of_ranks(
 
 
 def test_all_training_images_are_taken_where_more_are_asked_for(config: DataConfig, info: DataInfo) -> None:
-    opened = open_calibration(config, info, Shard(0, 1), num_images=10_000, seed=7, device=CPU)
+    opened = open_calibration(config, info, Shard(0, 1), num_images=10_000, chunk_size=64, seed=7, device=CPU)
     assert opened.num_images == info.num_train == sum(len(images) for _, images, _ in opened)
     assert torch.equal(opened.first(2), next(iter(opened))[1][:2])
 

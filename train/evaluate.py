@@ -25,11 +25,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], run: Runtime) -> Evaluation:
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], run: Runtime, *, alone: bool = False
+) -> Evaluation:
     """Classify this rank's share of the test images and add the counts of all ranks.
 
     ``batches`` yields images (n, 3, height, width) and labels (n,); the shares of the ranks are disjoint and together
-    the whole split. The model is used in eval mode and left in the mode it was in.
+    the whole split. With ``alone`` they are this rank's own split, and no other rank is asked. The model is used in
+    eval mode and left in the mode it was in.
     """
     was_training = model.training
     model.eval()
@@ -44,6 +47,6 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], run: Ru
             sums[1] += len(labels)
             sums[2] += F.cross_entropy(logits, labels, reduction="sum")
         model.train(was_training)
-        correct, total, loss = run.sum_over_ranks(sums).tolist()
+        correct, total, loss = (sums if alone else run.sum_over_ranks(sums)).tolist()
     assert total > 0, "loaders refuse an empty test split"
     return Evaluation(int(correct), int(total), loss / total)

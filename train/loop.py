@@ -158,10 +158,11 @@ class Training:
         where = f"{what} not finite at step {self.step_number(progress) + 1} (epoch {progress.epoch + 1})"
         if progress.skipped == self.config.skip_nonfinite:
             skipped = f" after {progress.skipped} that were left out" if progress.skipped else ""
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"{self.record.stage}: {where}{skipped}; no rank applied the step. "
                 f"Use a lower learning rate (now {self.config.lr:g}), a warm-up, or clipping"
             )
+            raise self.run.together(error)
         progress.skipped += 1
         torch._foreach_copy_(self.changing, self.before_step)
         allowed = f"{progress.skipped} of {self.config.skip_nonfinite} allowed"
@@ -174,10 +175,11 @@ class Training:
         loss_sum, correct, count = run.sum_over_ranks(progress.start_sums(run.device)).tolist()
         seconds = progress.seconds_so_far()
         if not math.isfinite(loss_sum):  # under a loss scaler, which skips such steps itself
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"{self.record.stage}: the training loss of epoch {progress.epoch + 1} is {loss_sum}; use a lower "
                 f"learning rate (now {self.config.lr:g}), a warm-up, or clipping"
             )
+            raise run.together(error)
         run.reconcile_statistics(self.trained)
         self.bring_back()
         run.check_equal(self.model, f"{self.record.stage}, epoch {progress.epoch + 1}")

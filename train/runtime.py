@@ -34,6 +34,7 @@ from netslim.train.statistics import reconcile
 from netslim.train.watch import Watch
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 _JOINING_SECONDS = 600  # until every rank has started: imports from a shared disk take their time
 _ENDING_SECONDS = 4  # to find out who is missing, and to end: so much sooner a rank stops waiting
@@ -326,9 +327,13 @@ class Runtime:
         broadcast_object_list(outcome)
         result, failure = outcome[0]
         if failure is not None:
-            failure.is_echo = not self.is_main  # type: ignore[attr-defined]  # rank 0 reports it
-            raise failure
+            raise self.together(failure)
         return cast(T, result)
+
+    def together(self, error: E) -> E:
+        """The error, marked as one that every rank raises, so that rank 0 alone reports it."""
+        error.is_echo = not self.is_main  # type: ignore[attr-defined]
+        return error
 
     def on_all(self, function: Callable[[], T]) -> T:
         """Run on every rank; where it fails on any, every rank raises what the first of them raised."""
