@@ -3,35 +3,76 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from netslim.data.lock import exclusive
-from netslim.launch.config import RunConfig, differences, to_dict
+from netslim.launch.config import RunConfig, Start, differences, from_dict, to_dict
 from netslim.prune import Plan, load, save
 from netslim.prune.artefact import replace_all
 
 METRICS = "metrics.json"
 PREEMPTED_MARK = "preempted"
 """In a run's directory: a signal stopped it after a checkpoint. Exit codes do not pass through every launcher."""
+STARTS: dict[Start, str] = {"slim": "finetune", "cut": "finetune-cut", "scratch": "scratch"}
+"""The stage that trains from each start."""
 _LARGEST_JSON = 1 << 24  # bytes; a configuration has two thousand
 
 
-def stage_directory(run_directory: Path, stage: str, ratio: float | None = None) -> Path:
-    """Where the command ``stage`` leaves its artefact: sparse, prune-0.50, finetune-0.50."""
-    if stage == "sparsify":
+@dataclass(frozen=True)
+class Pass:
+    """One of the rounds of sparsity training and pruning by which a network comes to a ratio."""
+
+    ratio: float
+    """That the last of them reaches."""
+    number: int = 1
+    count: int = 1
+
+    @property
+    def share(self) -> float:
+        """The share of all channels that is gone after this pass: each takes the same share of what is left."""
+        return self.ratio if self.is_last else 1 - (1 - self.ratio) ** (self.number / self.count)
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.count
+
+    @property
+    def before(self) -> "Pass":
+        """The pass before this one."""
+        return replace(self, number=self.number - 1)
+
+
+def passes_to(ratio: float, count: int) -> list[Pass]:
+    """The passes by which a network comes to a ratio, in their order."""
+    return [Pass(ratio, number, count) for number in range(1, count + 1)]
+
+
+def stage_directory(run_directory: Path, stage: str, turn: Pass | None = None) -> Path:
+    """Where a stage leaves its artefact: sparse, prune-0.50, finetune-0.50, and in earlier passes prune-0.50-pass-1.
+
+    The first sparsity training is the same for all ratios.
+    """
+    if stage == "sparsify" and (turn is None or turn.number == 1):
         return run_directory / "sparse"
+    assert turn is not None, "only the first sparsity training is of no ratio"
     # two decimals sort and align; a ratio that has more keeps them
-    return run_directory / f"{stage}-{max(f'{ratio:.2f}', str(ratio), key=len)}"
+    name = f"{stage.replace('sparsify', 'sparse')}-{max(f'{turn.ratio:.2f}', str(turn.ratio), key=len)}"
+    return run_directory / (name if turn.is_last and stage != "sparsify" else f"{name}-pass-{turn.number}")
 
 
-def stage_directories(run_directory: Path, stages: Sequence[str], ratios: Sequence[float]) -> list[Path]:
+def stage_directories(run_directory: Path, stages: Sequence[str], config: RunConfig) -> list[Path]:
     """Where these commands leave their artefacts, in the order in which a run makes them."""
-    first = [stage_directory(run_directory, "sparsify")] if "sparsify" in stages else []
-    later = [stage for stage in stages if stage != "sparsify"]
-    return [*first, *(stage_directory(run_directory, stage, ratio) for ratio in ratios for stage in later)]
+    found = []
+    for ratio in config.prune.ratio:
+        for turn in passes_to(ratio, config.prune.passes):
+            found += [(stage, turn) for stage in stages if stage != "finetune"]
+        if "finetune" in stages:
+            found += [(STARTS[start], Pass(ratio)) for start in config.finetune.start]
+    return list(dict.fromkeys(stage_directory(run_directory, *each) for each in found))
 
 
 def is_complete(directory: Path) -> bool:
@@ -78,6 +119,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_config(path: Path) -> RunConfig:
+    """Read a config.json that a run or a stage left; raises ValueError or OSError naming the file."""
+    return from_dict({key: value for key, value in read_json(path).items() if key != "preset"}, str(path))
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Written aside and renamed, so that the file is whole or not there."""
     replace_all(path.parent, {path.name: json.dumps(values, indent=2).encode()})
@@ -99,13 +145,15 @@ def occupied(directory: Path) -> Iterator[None]:
 def claim(directory: Path, preset: str, config: RunConfig) -> None:
     """Make the run directory, or check that its stages were made with the same configuration; keeps config.json.
 
+    What no stage has read yet may still change: how to repair until the first repair, how to fine-tune until that.
+
     Raises ValueError that lists the fields which differ, and OSError where the directory can't be written.
     """
     path = directory / "config.json"
     values = {"preset": preset, **to_dict(config)}
     # a run that ended before its first stage began holds nothing that another configuration would mix with
     if path.is_file() and (directory / "sparse").is_dir():
-        differing = differences(read_json(path), values)
+        differing = differences(to_dict(read_config(path)), to_dict(config), _unread(directory))
         if differing:
             raise ValueError(
                 f"{directory} was made with another configuration: {'; '.join(differing)}. "
@@ -114,3 +162,14 @@ def claim(directory: Path, preset: str, config: RunConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / PREEMPTED_MARK).unlink(missing_ok=True)
     write_json(path, values)
+
+
+def _unread(directory: Path) -> list[str]:
+    """The sections of the configuration that no stage in a run's directory has read."""
+    begun = {path.name.split("-")[0] for path in directory.iterdir() if path.is_dir()}
+    is_trained = bool(begun & {"finetune", "scratch"})
+    return [
+        section
+        for section, is_read in (("repair", is_trained or "repair" in begun), ("finetune", is_trained))
+        if not is_read
+    ]

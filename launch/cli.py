@@ -81,7 +81,7 @@ def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments:
     check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
     directory = run_directory(preset, config)
     claim(directory, preset, config)
-    if not all(is_complete(path) for path in stage_directories(directory, stages, config.prune.ratio)):
+    if not all(is_complete(path) for path in stage_directories(directory, stages, config)):
         prepare(config.data, quiet=False)
         code = start_processes(preset, config, stages, arguments, num_processes)
         if code:
@@ -125,7 +125,7 @@ def start_processes(
     directory = run_directory(preset, config)
 
     def stage() -> str:
-        left = (path.name for path in stage_directories(directory, stages, config.prune.ratio) if not is_complete(path))
+        left = (path.name for path in stage_directories(directory, stages, config) if not is_complete(path))
         return next(left, "the end")
 
     return launch(

@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -20,11 +20,16 @@ from netslim.data import DataConfig
 from netslim.prune import RepairConfig, Rules
 from netslim.train import CheckpointConfig, EngineConfig, FitConfig, ModelConfig, RecordConfig, SparsityConfig
 
+Start = Literal["slim", "cut", "scratch"]
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class PruneConfig(Rules):
     ratio: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.5,)
     """Shares of the target to remove; each is pruned and fine-tuned from the same sparse model."""
+    passes: Annotated[int, Field(ge=1)] = 1
+    """Rounds of sparsity training and pruning in which a ratio is reached; each takes the same share of what the one
+    before left (Liu et al. 2017, section 3)."""
 
     def __post_init__(self) -> None:
         if len(set(self.ratio)) < len(self.ratio):
@@ -34,6 +39,18 @@ class PruneConfig(Rules):
     def rules(self) -> Rules:
         """All but the ratio."""
         return Rules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rules)})
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class FinetuneConfig(FitConfig):
+    start: Annotated[tuple[Start, ...], Field(min_length=1)] = ("slim",)
+    """What is trained, each from the same plan. slim: the network as it stands, repaired where there is a repair. cut:
+    as the cut left it. scratch: newly initialised, for comparison (Liu et al. 2019, arXiv 1810.05270)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(set(self.start)) < len(self.start):
+            raise ValueError(f"finetune.start names a start twice in {self.start}; name each once")
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -63,7 +80,7 @@ class RunConfig:
     """What is restored after the cut, with no training step."""
     inspect: InspectConfig = InspectConfig()
     """What `netslim inspect` tries on the run's sparse model."""
-    finetune: FitConfig = FitConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     """Training of the small network."""
     engine: EngineConfig = Field(default_factory=EngineConfig)
     """How each process computes."""
@@ -91,7 +108,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 Config = TypeVar("Config")
 
 # Fields that say where and how a run is made, not what comes out: they may differ when a run directory is used again.
-# Ratios may, because each has directories of its own.
+# Ratios and starts may, because each has directories of its own.
 _FREE_FIELDS = (
     "record",
     "checkpoint",
@@ -107,6 +124,7 @@ _FREE_FIELDS = (
     "sparsify.skip_nonfinite",
     "finetune.skip_nonfinite",
     "prune.ratio",
+    "finetune.start",
 )
 
 
@@ -176,31 +194,29 @@ def field_names(config: Any) -> list[str]:
     return names
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], unread: Sequence[str] = ()) -> list[str]:
     """The fields in which two configurations (as ``to_dict`` gives them) differ, in one phrase each.
 
-    Fields that do not change what comes out of a run are passed over.
+    As `fixed_fields` it passes over some.
     """
-    found = []
-    for key in dict.fromkeys([*old, *new]):
-        name = prefix + key
-        before, after = old.get(key), new.get(key)
-        if before == after or name in _FREE_FIELDS:
-            continue
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{name}.")
-        else:
-            found.append(f"{name} was {json.dumps(before)}, now {json.dumps(after)}")
-    return found
+    before, after = fixed_fields(old, unread), fixed_fields(new, unread)
+    return [
+        f"{name} was {json.dumps(before.get(name))}, now {json.dumps(after.get(name))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
 
 
-def fixed_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields of a configuration (as ``to_dict`` gives it) that change what comes out of a run, by dotted names."""
+def fixed_fields(values: Mapping[str, Any], unread: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a configuration (as ``to_dict`` gives it) that change what came out of a run, by dotted names.
+
+    Not those in the sections that no stage has read yet.
+    """
     found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        if name not in _FREE_FIELDS:
-            found |= fixed_fields(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    for name, value in values.items():
+        if name not in (*_FREE_FIELDS, *unread):
+            inner = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else None
+            found |= {name: value} if inner is None else fixed_fields(inner)
     return found
 
 

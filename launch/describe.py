@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from netslim.launch.artefacts import read_json
-from netslim.launch.config import RunConfig, from_dict
+from netslim.launch.artefacts import read_config, read_json
+from netslim.launch.config import RunConfig
 from netslim.prune import map_channels
 from netslim.train import build_model
 
@@ -15,7 +15,7 @@ def config_of_run(directory: Path) -> RunConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no run: it has no config.json")
-    return from_dict({key: value for key, value in read_json(path).items() if key != "preset"}, str(path))
+    return read_config(path)
 
 
 def preset_of_run(directory: Path) -> str:

@@ -80,8 +80,9 @@ def find_stage(run: Path, ratio: float | None) -> Path:
 
 def _finished(run: Path) -> dict[float, Path]:
     """The stage to export for each ratio."""
-    order = ("prune-*", "repair-*", "finetune-*")  # of one ratio the last counts
-    found = [path.parent for stage in order for path in sorted(run.glob(f"{stage}/{METRICS}"))]
+    order = ("prune", "repair", "scratch", "finetune-cut", "finetune")  # of one ratio the last counts
+    found = [path.parent for stage in order for path in sorted(run.glob(f"{stage}-[0-9]*/{METRICS}"))]
+    found = [stage for stage in found if "-pass-" not in stage.name]
     return {read_row(stage / METRICS).ratio: stage for stage in ([run] if is_complete(run) else found)}
 
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable
 
 from netslim.data import DataConfig
-from netslim.launch.config import PruneConfig, RunConfig
+from netslim.launch.config import FinetuneConfig, PruneConfig, RunConfig
 from netslim.train import FitConfig, ModelConfig, SparsityConfig
 
 
@@ -22,7 +22,7 @@ def digits() -> RunConfig:
         sparsity=SparsityConfig(weight=1e-2),
         # without a floor 90 % leaves single channels, through which little can be learnt
         prune=PruneConfig(ratio=(0.5, 0.9), min_share=0.05),
-        finetune=FitConfig(epochs=10, lr=0.05, schedule="onecycle", weight_decay=1e-4),
+        finetune=FinetuneConfig(epochs=10, lr=0.05, schedule="onecycle", weight_decay=1e-4),
         cpu=True,
         num_processes=2,
     )
@@ -83,7 +83,7 @@ def resnet50_imagenet() -> RunConfig:
         sparsify=schedule,
         sparsity=SparsityConfig(weight=1e-5),
         prune=PruneConfig(ratio=(0.5,), min_share=0.1),
-        finetune=FitConfig(epochs=30, lr=0.04, schedule="cosine", nesterov=True, label_smoothing=0.1),
+        finetune=FinetuneConfig(epochs=30, lr=0.04, schedule="cosine", nesterov=True, label_smoothing=0.1),
     )
 
 
@@ -98,7 +98,7 @@ def _cifar10(model: ModelConfig, weight: float, ratios: tuple[float, ...]) -> Ru
         sparsify=FitConfig(epochs=160, lr=0.1, schedule="step"),
         sparsity=SparsityConfig(weight=weight),
         prune=PruneConfig(ratio=ratios, coupling="select"),
-        finetune=FitConfig(epochs=160, lr=0.1, schedule="step"),
+        finetune=FinetuneConfig(epochs=160, lr=0.1, schedule="step"),
     )
 
 

@@ -20,16 +20,19 @@ from torch import nn
 from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_calibration, open_loaders, prepare
 from netslim.launch.artefacts import (
     PREEMPTED_MARK,
+    STARTS,
+    Pass,
     claim,
     is_complete,
     occupied,
+    passes_to,
     read_stage,
     stage_directory,
     write_json,
     write_stage,
 )
 from netslim.launch.cluster import end_with_launcher
-from netslim.launch.config import RunConfig, fixed_fields, parse, run_directory, to_dict
+from netslim.launch.config import RunConfig, Start, fixed_fields, parse, run_directory, to_dict
 from netslim.launch.inspection import INSPECTION, describe_gammas, try_ratio
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
@@ -42,6 +45,7 @@ from netslim.prune import (
     chunk_size,
     cost,
     cut,
+    embed,
     load_plan,
     map_channels,
     open_gammas,
@@ -63,7 +67,7 @@ from netslim.train import (
     fit,
     travel,
 )
-from netslim.train.models import build_network, is_own
+from netslim.train.models import build_network, initialise, is_own
 
 STAGES = ("sparsify", "prune", "repair", "finetune")
 
@@ -89,8 +93,8 @@ class Job:
         model = build_model(self.config.model, len(self.loaders.info.classes), self.config.seed)
         return model.to(self.run.device)
 
-    def path(self, stage: str, ratio: float | None = None) -> Path:
-        return stage_directory(self.directory, stage, ratio)
+    def path(self, stage: str, turn: Pass | None = None) -> Path:
+        return stage_directory(self.directory, stage, turn)
 
     def is_done(self, directory: Path) -> bool:
         """Whether a stage is complete; rank 0 looks, so that all ranks agree also where storage lags."""
@@ -104,30 +108,39 @@ class Job:
 
 
 def stages_of(command: str, config: RunConfig) -> tuple[str, ...]:
-    """The stages that a command is about; raises ValueError where the configuration says there is nothing to do."""
+    """The stages that a command is about; raises ValueError where the configuration does not go with it."""
     if command == "repair" and not config.repair.steps:
         raise ValueError(
             "repair.steps is empty, so there is nothing to repair by; name absorb, reconstruct or recalibrate"
+        )
+    if config.prune.passes > 1 and command != "run":
+        raise ValueError(
+            f"prune.passes is {config.prune.passes}, in which the stages take turns; use netslim run, or one pass"
         )
     every = tuple(stage for stage in STAGES if stage != "repair" or config.repair.steps)
     return every if command == "run" else (command,)
 
 
 def run_recipe(job: Job, stages: Sequence[str] = STAGES) -> None:
-    """Sparsify once; then for each ratio cut the same sparse model and fine-tune what is left."""
+    """Sparsify once; then for each ratio cut the same sparse model, repair and fine-tune what is left.
+
+    In several passes what is left is sparsified and cut again before it is fine-tuned.
+    """
     if "inspect" in stages:
         inspect_sparse(job)
         return
     rehearse(job)
-    if "sparsify" in stages:
-        sparsify(job)
     for ratio in job.config.prune.ratio:
-        if "prune" in stages:
-            prune(job, ratio)
-        if "repair" in stages and job.config.repair.steps:
-            restore(job, ratio)
+        for turn in passes_to(ratio, job.config.prune.passes):
+            if "sparsify" in stages:
+                sparsify(job, turn)
+            if "prune" in stages:
+                prune(job, turn)
+            if "repair" in stages and job.config.repair.steps:
+                restore(job, turn)
         if "finetune" in stages:
-            finetune(job, ratio)
+            for start in job.config.finetune.start:
+                finetune(job, ratio, start)
 
 
 def rehearse(job: Job) -> None:
@@ -142,26 +155,46 @@ def rehearse(job: Job) -> None:
     job.run.on_main(plan_all)
 
 
-def sparsify(job: Job) -> None:
-    """Train with the L1 penalty on the scales of the channels that can be removed."""
-    directory = job.path("sparsify")
+def sparsify(job: Job, turn: Pass) -> None:
+    """Train with the L1 penalty on the scales of the channels that can be removed; of what the pass before left."""
+    directory = job.path("sparsify", turn)
     if job.is_done(directory):
         return
-    model = job.build()
-    rules = job.config.prune.rules
-    channels = map_channels(model, blank_image(job), rules.coupling)
-    gammas, says = open_gammas(model, channels, rules), channels.summary(rules.coupling)
-    row = {"stage": "sparse", "ratio": 0.0}
-    train(job, model, job.config.sparsify, directory, row, plan=None, gammas=gammas, says=says)
+    dense, rules = job.build(), job.config.prune.rules
+    channels = map_channels(dense, blank_image(job), rules.coupling)
+    model, plan = (dense, None) if turn.number == 1 else read_slim(job, turn.before)
+    gammas, says = open_gammas(dense, channels, rules, model), channels.summary(rules.coupling)
+    row = {"stage": "sparse", "ratio": turn.before.share}
+    train(job, model, job.config.sparsify, directory, row, plan=plan, gammas=gammas, says=says)
 
 
-def prune(job: Job, ratio: float) -> None:
+def read_slim(job: Job, turn: Pass) -> tuple[nn.Module, Plan]:
+    """The network that a pass left, repaired where there is a repair, and its plan."""
+    last = "repair" if job.config.repair.steps else "prune"
+    directory = job.path(last, turn)
+    return job.read(directory, last), read_plan(directory)
+
+
+def read_plan(directory: Path) -> Plan:
+    plan = load_plan(directory)
+    assert plan is not None, "the stage was read, and writes one"
+    return plan
+
+
+def read_sparse(job: Job, turn: Pass) -> nn.Module:
+    """The network that a pass trained, in the shapes of the network before all passes."""
+    directory = job.path("sparsify", turn)
+    sparse = job.read(directory, "sparsify")
+    return sparse if turn.number == 1 else embed(job.build(), sparse, read_plan(directory))
+
+
+def prune(job: Job, turn: Pass) -> None:
     """Rank 0 ranks all scales against one threshold and makes the plan; every rank cuts the same channels."""
-    directory, run = job.path("prune", ratio), job.run
+    directory, run, ratio = job.path("prune", turn), job.run, turn.share
     if job.is_done(directory):
         return
     started = time.perf_counter()
-    sparse = job.read(job.path("sparsify"), "sparsify")
+    sparse = read_sparse(job, turn)
 
     def decide() -> tuple[str, float]:
         images, _ = next(iter(job.loaders.test))
@@ -198,15 +231,13 @@ def prune(job: Job, ratio: float) -> None:
         record.finish(finish(job, small, plan, directory, metrics, started))
 
 
-def restore(job: Job, ratio: float) -> None:
+def restore(job: Job, turn: Pass) -> None:
     """Repair the cut network by the training images, which all ranks share, without a training step."""
-    directory, source, run = job.path("repair", ratio), job.path("prune", ratio), job.run
+    directory, source, run, ratio = job.path("repair", turn), job.path("prune", turn), job.run, turn.share
     if job.is_done(directory):
         return
     started = time.perf_counter()
-    sparse, small = job.read(job.path("sparsify"), "sparsify"), job.read(source, "prune")
-    plan = load_plan(source)
-    assert plan is not None, "the prune stage writes one"
+    sparse, small, plan = read_sparse(job, turn), job.read(source, "prune"), read_plan(source)
     repaired, outcome = repair(sparse, small, plan, job.calibration, job.config.repair)
     run.check_equal(repaired, f"after the repair at ratio {ratio}")
     seconds = time.perf_counter() - started
@@ -302,15 +333,19 @@ def origin(config: ModelConfig, num_classes: int) -> Origin:
     return Origin(function=function, name=config.name, width=config.width, num_classes=num_classes)
 
 
-def finetune(job: Job, ratio: float) -> None:
-    """Train the small network without the penalty."""
-    before = "repair" if job.config.repair.steps else "prune"
-    directory, source = job.path("finetune", ratio), job.path(before, ratio)
+def finetune(job: Job, ratio: float, start: Start) -> None:
+    """Train the small network without the penalty, from one of the starts."""
+    directory, cut_directory = job.path(STARTS[start], Pass(ratio)), job.path("prune", Pass(ratio))
     if job.is_done(directory):
         return
-    small = job.read(source, before)
-    row = {"stage": "finetuned", "ratio": ratio}
-    train(job, small, job.config.finetune, directory, row, plan=load_plan(source))
+    if start == "slim":
+        small, plan = read_slim(job, Pass(ratio))
+    else:
+        small, plan = job.read(cut_directory, "prune"), read_plan(cut_directory)
+    if start == "scratch":
+        initialise(small, job.config.model, job.config.seed)
+    row = {"stage": {"slim": "finetuned", "cut": "finetuned_cut", "scratch": "scratch"}[start], "ratio": ratio}
+    train(job, small, job.config.finetune, directory, row, plan=plan)
 
 
 def train(
@@ -328,7 +363,8 @@ def train(
     started = time.perf_counter()
     store = Store(directory / "checkpoints", job.config.checkpoint.keep)
     about = {**row, "preset": job.preset, "plan": None if plan is None else plan.digest}
-    identity = {**about, **fixed_fields(to_dict(job.config))}
+    unread = ("repair", "finetune") if directory == job.path("sparsify") else ()
+    identity = {**about, **fixed_fields(to_dict(job.config), unread)}
     saver = Saver(store, job.run, job.config.checkpoint, identity)
     with open_record(job, directory, row) as record:
         if says:

@@ -3,21 +3,24 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from netslim.launch.artefacts import METRICS, read_json, write_json
 
-_STAGES = {"sparse": "sparse", "prune": "cut", "repair": "repaired", "finetune": "finetuned"}
+Stage = Literal["sparse", "cut", "repaired", "finetuned", "finetuned_cut", "scratch"]
+_STAGES: tuple[Stage, ...] = get_args(Stage)
+_DIRECTORIES = ("sparse", "prune", "repair", "finetune", "scratch")
+"""What the names of the stages' directories begin with."""
 
 
 @dataclass(frozen=True)
 class Row:
     """What the table says of a stage; None is not measured."""
 
-    stage: Literal["sparse", "cut", "repaired", "finetuned"]
+    stage: Stage
     ratio: float
     accuracy: float | None = None
     params: int | None = None
@@ -59,10 +62,9 @@ def _rows(directory: Path) -> list[dict[str, Any]]:
     rows = [
         dataclasses.asdict(read_row(path))
         for path in directory.glob(f"*/{METRICS}")
-        if path.parent.name.split("-")[0] in _STAGES
+        if path.parent.name.split("-")[0] in _DIRECTORIES
     ]
-    order = list(_STAGES.values())
-    return sorted(rows, key=lambda row: (row["ratio"], order.index(row["stage"])))
+    return sorted(rows, key=lambda row: (row["ratio"], _STAGES.index(row["stage"])))
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from netslim.prune.plan import Plan
 from netslim.prune.repair import Repair, RepairConfig, repair
 from netslim.prune.rules import Rules
 from netslim.prune.slimming import open_gammas, plan_network, slim
-from netslim.prune.surgery import cut, largest_difference, masked, prove
+from netslim.prune.surgery import cut, embed, largest_difference, masked, prove
 
 __all__ = [
     "Calibration",
@@ -32,6 +32,7 @@ __all__ = [
     "chunk_size",
     "cost",
     "cut",
+    "embed",
     "export",
     "folded",
     "largest_difference",

@@ -90,16 +90,34 @@ def surround(small: nn.Module, around: Selection) -> None:
                 setattr(parent, name, sequence)
 
 
+def scatter(layer: nn.Module, name: str, tensor: Tensor, part: Slice | None, values: Tensor) -> None:
+    """Put the values of a sliced tensor where `sliced` takes them from, in place; all of it where there is no slice."""
+    if part is None or not tensor.dim():
+        tensor.copy_(values)
+        return
+    kept = _kept(layer, name, tensor, part)
+    places = [
+        torch.arange(size, device=tensor.device) if index is None else index
+        for index, size in zip(kept, tensor.shape, strict=False)
+    ]
+    tensor[torch.meshgrid(*places, indexing="ij")] = values
+
+
 def sliced(layer: nn.Module, name: str, tensor: Tensor, part: Slice) -> Tensor:
     """Take the kept features of a weight (out, in / groups, ...), transposed (in, out, ...), or of a vector (out,)."""
+    values = _laid_out_like(tensor, _selected(tensor.detach(), *_kept(layer, name, tensor, part)))
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _kept(layer: nn.Module, name: str, tensor: Tensor, part: Slice) -> tuple[Tensor | None, Tensor | None]:
+    """Indices that stay along the first two dimensions of a layer's tensor; None = all."""
     outputs = None if part.outputs is None else _index(part.outputs, tensor.device)
     inputs = None
     if part.inputs is not None and tensor.dim() > 1:
         kept = _of_one_group(layer, part.inputs) if isinstance(layer, ops.CONVOLVING) else part.inputs
         inputs = _index(kept, tensor.device)
     swapped = name == "weight" and tensor.dim() > 1 and isinstance(layer, ops.CONVOLVING) and layer.transposed
-    values = _laid_out_like(tensor, _selected(tensor.detach(), *((inputs, outputs) if swapped else (outputs, inputs))))
-    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+    return (inputs, outputs) if swapped else (outputs, inputs)
 
 
 def _selected(values: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from netslim.prune.cost import cost
 from netslim.prune.plan import Plan
 from netslim.prune.rules import Rules
 from netslim.prune.scores import score_channels
-from netslim.prune.surgery import cut, prove
+from netslim.prune.surgery import cut, norm_of, prove
 from netslim.prune.units import units_of
 
 
@@ -42,12 +42,17 @@ def plan_network(model: nn.Module, channels: ChannelMap, example: Tensor, ratio:
     return choose(scores, channels, ratio, rules, _share_gone(model, example, rules))
 
 
-def open_gammas(model: nn.Module, channels: ChannelMap, rules: Rules) -> list[nn.Parameter]:
-    """List the gammas that sparsity training should pull to zero: of BatchNorms that may lose one under the rules."""
+def open_gammas(
+    model: nn.Module, channels: ChannelMap, rules: Rules, small: nn.Module | None = None
+) -> list[nn.Parameter]:
+    """List the gammas that sparsity training should pull to zero: of BatchNorms that may lose one under the rules.
+
+    Those of `small`, if it is given: what a cut of the model left.
+    """
     gammas = channels.named_gammas(model, rules.coupling)
     units = units_of(gammas, channels, rules)
     names = {channels.layers[layer].name for layer in set(units.layers[units.owners >= 0].tolist())}
-    return [gamma for name, gamma in gammas.items() if name in names]
+    return [norm_of(model if small is None else small, name).weight for name in gammas if name in names]
 
 
 def _share_gone(model: nn.Module, example: Tensor, rules: Rules) -> ShareGone | None:

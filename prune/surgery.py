@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
+from netslim.prune import operations as ops
 from netslim.prune.plan import Plan
 from netslim.prune.replica import replica
-from netslim.prune.resize import fitting_layers, resize, sliced, surround
+from netslim.prune.resize import fitting_layers, resize, scatter, sliced, surround
 
 TOLERANCE = 1e-5
 """Largest accepted difference between the cut and the masked network, relative to max(1, largest |logit|)."""
@@ -41,6 +42,33 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
     for around in plan.selections:
         surround(small, around)
     return small
+
+
+def norm_of(small: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm:
+    """Find a BatchNorm in a cut network by its name in the uncut one: a selection may stand around it."""
+    module = small.get_submodule(name)
+    norm = module if isinstance(module, ops.NORMALISING) else module.get_submodule("norm")
+    assert isinstance(norm, ops.NORMALISING), "so `surround` names it"
+    return norm
+
+
+@torch.no_grad()
+def embed(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
+    """Copy the network with the weights of `small`, of `cut(model, plan)`'s shapes, in their places: `cut`'s inverse.
+
+    Gamma and beta of the removed channels are 0, so that the copy computes what `small` computes; a plan of the copy
+    for more channels removes these first.
+
+    Raises: ValueError as `cut` does.
+    """
+    whole = masked(model, plan)
+    parts = {part.name: part for part in plan.slices}
+    for name, layer in whole.named_modules():
+        source = norm_of(small, name) if name in plan.kept else small.get_submodule(name)
+        tensors = dict((*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)))
+        for key, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+            scatter(layer, key, tensor, parts.get(name), tensors[key])
+    return whole
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from test_prune_nets import EXAMPLE, NETS, Residual, block, chain, scramble
 from torch import Tensor, nn
 
-from netslim.prune import Plan, largest_difference, load, make_plan, map_channels, save, slim
+from netslim.prune import Plan, embed, largest_difference, load, make_plan, map_channels, save, slim
 from netslim.prune.select import ScatterChannels, SelectChannels
 
 
@@ -42,6 +42,22 @@ def test_every_network_is_cut_exactly_gamma_by_gamma(name, ratio):
     small, plan = slim(model, EXAMPLE, ratio=ratio, coupling="select")
     assert largest_difference(model, small, plan, EXAMPLE) < 1e-10
     assert plan.num_removed == plan.num_asked
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("coupling", ["group", "select"])
+def test_a_cut_network_in_its_old_shapes_computes_the_same_and_loses_the_same_channels_first(name, coupling):
+    torch.manual_seed(0)
+    model = scramble(ALL[name]()).eval()
+    small, plan = slim(model, EXAMPLE, ratio=0.3, coupling=coupling)
+    scramble(small)  # as training would
+    whole = embed(model, small, plan)
+    assert largest_difference(whole, small, plan, EXAMPLE) < 1e-10
+    with torch.no_grad():
+        images = torch.randn(2, 3, *EXAMPLE.shape[2:], dtype=torch.float64)
+        assert torch.allclose(whole.double().eval()(images), small.double().eval()(images), atol=1e-10)
+    _, more = slim(whole, EXAMPLE.double(), ratio=0.4, coupling=coupling)
+    assert all(set(more.kept[key]) <= set(kept) for key, kept in plan.kept.items())
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])

@@ -26,6 +26,7 @@ __all__ = [
     "build_model",
     "build_network",
     "check_model",
+    "initialise",
     "is_own",
     "model_names",
 ]
@@ -66,11 +67,24 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
             model = build_own(config.name, num_classes)
         else:
             model = build_network(config.name, num_classes, config.width)
-    if config.initial_gamma is not None:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.affine:
-                nn.init.constant_(module.weight, config.initial_gamma)
+    _set_gammas(model, config)
     return model
+
+
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Initialise a network anew, in place, as a function of the seed: for one cut out of a wider one.
+
+    The layers' own initialisation, then the one of `build_model`; what a cut took over from a wider network has the
+    wrong scale.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        _initialise(model)
+    _set_gammas(model, config)
 
 
 def build_network(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
@@ -107,6 +121,13 @@ def _check_width(name: str, width: float) -> None:
         raise ValueError(f"model.width {width} is only for {', '.join(_NETWORKS)}; {name} needs model.width 1")
 
 
+def _set_gammas(model: nn.Module, config: ModelConfig) -> None:
+    if config.initial_gamma is not None:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) and module.affine:
+                nn.init.constant_(module.weight, config.initial_gamma)
+
+
 def _initialise(model: nn.Module) -> None:
     """He initialisation by fan-out for convolutions (arXiv 1502.01852), small normal weights for the classifier."""
     for module in model.modules():
@@ -115,4 +136,5 @@ def _initialise(model: nn.Module) -> None:
             nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0.0, 0.01)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
