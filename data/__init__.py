@@ -3,7 +3,7 @@
 from netslim.data.info import DataInfo
 from netslim.data.loaders import CalibrationLoader, Loaders, open_calibration, open_loaders
 from netslim.data.pipelines import Shard, check_batch_size
-from netslim.data.sources import DataConfig
+from netslim.data.sources import DataConfig, open_source
 from netslim.data.write import prepare
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "check_batch_size",
     "open_calibration",
     "open_loaders",
+    "open_source",
     "prepare",
 ]

@@ -96,8 +96,9 @@ def inspect_run(run: Path, flags: Sequence[str]) -> int:
     preset = preset_of_run(run)
     flags = ["--config", f"{run}/config.json", "--run-dir", str(run), *flags]
     config = parse(f"netslim inspect {run}", COMMANDS["inspect"], find_preset(preset)(), flags)
-    print(describe(config), flush=True)
-    if not is_complete(stage_directory(run, "sparsify")):
+    is_trained = is_complete(stage_directory(run, "sparsify"))
+    print(describe(config, is_trained=is_trained), flush=True)
+    if not is_trained:
         return 0
     code = start_processes(preset, config, ["inspect"], [preset, *flags], count_processes(config))
     if not code:

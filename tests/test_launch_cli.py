@@ -1,5 +1,6 @@
 """The command line: what a user sees for help, and for each mistake."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -210,12 +211,31 @@ def test_inspect_prints_the_map_of_a_preset(capfd: pytest.CaptureFixture[str]) -
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "vgg11 on images of 32x32"
     assert lines[2].split() == ["4", "4", "features.1", "features.0", "->", "features.4", "prunable"]
-    assert lines[-1] == "172 of 172 channels are prunable"
+    assert lines[-3] == "172 of 172 channels are prunable"
+    assert lines[-1].startswith("pull 1.55 = lambda 0.01 x")
+
+
+def test_inspect_predicts_before_training_that_lambda_is_too_small_and_names_one_that_suffices(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    weak = ["inspect", "digits", "--model.width", "0.0625", "--sparsity.weight", "1e-4"]
+    assert dispatch(weak) == 0
+    warning = capfd.readouterr().out.splitlines()[-1]
+    assert warning.startswith("warning: pull 0.0155 = lambda 0.0001 x")
+    (named,) = re.findall(r"a lambda of (\S+) or more", warning)
+    assert dispatch([*weak[:-1], named]) == 0
+    assert capfd.readouterr().out.splitlines()[-1].startswith("pull 0.5")
+
+
+def test_inspect_says_what_it_cannot_predict_without_images(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert dispatch(["inspect", "vgg19-cifar10", "--model.width", "0.0625", "--data.root", str(tmp_path)]) == 0
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert "depends on the number of training images: no cifar10 under" in last
 
 
 def test_inspect_counts_single_scales_where_the_run_will(capfd: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["inspect", "preresnet164-cifar10", "--model.name", "preresnet20"]) == 0
-    assert capfd.readouterr().out.splitlines()[-2:] == [
+    assert capfd.readouterr().out.splitlines()[-4:-2] == [
         "960 of 1360 channels are prunable",
         "1360 of 1360 channels are removable one by one",
     ]
