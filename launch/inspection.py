@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ def describe_gammas(model: nn.Module, channels: ChannelMap, ratio: float, coupli
 def try_ratio(
     model: nn.Module,
     channels: ChannelMap,
+    scores: Mapping[str, torch.Tensor],
     ratio: float,
     rules: Rules,
     config: RepairConfig,
@@ -56,7 +57,7 @@ def try_ratio(
     """Cut and repair a copy of the model; gives accuracies and costs, or why the ratio is refused."""
     example = calibration.example
     try:
-        plan = plan_network(model, channels, example[:1], ratio, rules)
+        plan = plan_network(model, channels, example[:1], ratio, rules, scores)
         small = cut(model, plan)
         repaired, report = repair(model, small, plan, calibration, config)
     except ValueError as error:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import write_results
 from netslim.prune import (
     Calibration,
+    ChannelMap,
     Chunk,
     Origin,
     Plan,
@@ -52,6 +53,7 @@ from netslim.prune import (
     plan_network,
     prove,
     repair,
+    score_channels,
 )
 from netslim.train import (
     FitConfig,
@@ -81,12 +83,23 @@ class Job:
     run: Runtime
     loaders: Loaders
     directory: Path
+    known_scores: dict[Path, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Of the sparse model in each directory."""
 
     @cached_property
     def calibration(self) -> Calibration:
         """The training images that repairs share, over all ranks: opened once for all ratios."""
         shard = Shard(self.run.rank, self.run.world_size)
         return replace(calibrate(self, shard), sum_over_ranks=self.run.sum_over_ranks)
+
+    def scores(self, turn: Pass, sparse: nn.Module, channels: ChannelMap) -> dict[str, torch.Tensor]:
+        """What the channels of a sparse model are worth: found once for all ratios that are cut from it."""
+        directory = self.path("sparsify", turn)
+        if directory not in self.known_scores:
+            rules = self.config.prune.rules
+            calibration = self.calibration if rules.score == "reconstruction" else None
+            self.known_scores[directory] = score_channels(sparse, channels, rules, calibration)
+        return self.known_scores[directory]
 
     def build(self) -> nn.Module:
         """The network before it is slimmed, newly initialised, on this rank's device."""
@@ -150,7 +163,7 @@ def rehearse(job: Job) -> None:
         model = job.build()
         channels = map_channels(model, blank_image(job), job.config.prune.coupling)
         for ratio in job.config.prune.ratio:
-            plan_network(model, channels, blank_image(job), ratio, job.config.prune.rules)
+            plan_network(model, channels, blank_image(job), ratio, replace(job.config.prune.rules, score="gamma"))
 
     job.run.on_main(plan_all)
 
@@ -196,10 +209,12 @@ def prune(job: Job, turn: Pass) -> None:
     started = time.perf_counter()
     sparse = read_sparse(job, turn)
 
+    channels = map_channels(sparse, blank_image(job), job.config.prune.coupling)
+    scores = job.scores(turn, sparse, channels)
+
     def decide() -> tuple[str, float]:
         images, _ = next(iter(job.loaders.test))
-        rules = job.config.prune.rules
-        plan = plan_network(sparse, map_channels(sparse, images[:1], rules.coupling), images[:1], ratio, rules)
+        plan = plan_network(sparse, channels, images[:1], ratio, job.config.prune.rules, scores)
         plan = replace(plan, origin=origin(job.config.model, len(job.loaders.info.classes)))
         return plan.to_json(), prove(sparse, cut(sparse, plan), plan, images[:16])
 
@@ -286,11 +301,13 @@ def inspect_sparse(job: Job) -> None:
         alone = Shard(0, 1)
         calibration = calibrate(job, alone)
         test = open_loaders(config.data, job.loaders.info, alone, seed=config.seed, device=run.device).test
+        scores = score_channels(sparse, channels, config.prune.rules, calibration)
         own = config.inspect.ratios[run.rank :: run.world_size]
         return [
             try_ratio(
                 sparse,
                 channels,
+                scores,
                 ratio,
                 config.prune.rules,
                 config.repair,

@@ -13,6 +13,7 @@ from netslim.prune.origin import Origin
 from netslim.prune.plan import Plan
 from netslim.prune.repair import Repair, RepairConfig, repair
 from netslim.prune.rules import Rules
+from netslim.prune.scores import score_channels
 from netslim.prune.slimming import open_gammas, plan_network, slim
 from netslim.prune.surgery import cut, embed, largest_difference, masked, prove
 
@@ -47,5 +48,6 @@ __all__ = [
     "prove",
     "repair",
     "save",
+    "score_channels",
     "slim",
 ]

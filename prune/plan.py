@@ -194,7 +194,9 @@ class Plan:
         if short := self.num_asked - self.num_removed - restored:
             lines.append(f"{short} of {self.num_asked} stay because classes of channels go whole")
         limit = "none" if self.threshold is None else f"{self.threshold:.6g}"
-        what = "|gamma|" if self.rules.score == "gamma" else "|gamma| x norm of its readers"
+        what = {"gamma": "|gamma|", "gamma_norm": "|gamma| x norm of its readers", "reconstruction": "share lost"}[
+            self.rules.score
+        ]
         lines.append(
             f"ratio {self.ratio} of {self.rules.target}: {self.num_removed} of {self.num_channels} prunable channels "
             f"go; threshold {what} <= {limit}; floors spare {sum(self.spared.values())}, rounding restores {restored}"

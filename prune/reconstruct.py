@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,15 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from netslim.prune.calibration import Calibration
+from netslim.prune.hinge import Hinge, Rows, refine
 from netslim.prune.plan import Plan
 from netslim.prune.ridge import Moments, solve
-from netslim.prune.tracing import called_once, norms_after, traces
+from netslim.prune.tracing import called_once, norms_after, rectified, traces
 
 POSITIONS = 32
 """Places of a convolution's output, per image, that its system takes in; all where there are fewer."""
+ROWS = 1 << 15
+"""Samples of all ranks together that are kept in memory, of one layer at a time."""
 
 
 @torch.no_grad()
@@ -27,7 +31,8 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Cal
     output of the same layer of the uncut model, on the input that the network repaired so far gives it (as He et al.
     2017, arXiv 1707.06168, section 3.1, and here over all layers in turn). The ridge of each layer is the one that errs
     least on the held-out chunks; a layer that none helps is left. The constant goes into the layer's bias, or into the
-    mean of the BatchNorm that alone reads it.
+    mean of the BatchNorm that alone reads it. Where a ReLU follows, the fit is refined: what that makes zero in any
+    case need not be met (`refine`).
 
     Layers that a forward pass calls more than once, and transposed convolutions, stay as they are.
 
@@ -36,17 +41,25 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Cal
     """
     graph = traces(small).graphs[0]
     kept = {part.name: part.outputs for part in plan.slices}
-    norms, solved = norms_after(small, graph), []
+    norms, zeroed, solved = norms_after(small, graph), rectified(small, graph), []
+    names = {id(norm): name for name, norm in small.named_modules()}
     layers = {
         name: layer for name, layer in called_once(small, graph).items() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
     model.eval()
     for number, (name, layer) in enumerate(layers.items()):
-        fit, held = _moments(model, small, name, kept.get(name), number, calibration)
-        _check(fit, name, calibration)
         norm = norms.get(name)
-        line = solve(fit, held, has_constant=layer.bias is not None or norm is not None)
+        has_constant = layer.bias is not None or norm is not None
+        has_relu = (name if norm is None else names[id(norm)]) in zeroed
+        seen = _look(model, small, name, kept.get(name), number, calibration, num_rows=ROWS if has_relu else 0)
+        _check(seen.fit, name, calibration)
+        line = solve(seen.fit, seen.held, has_constant=has_constant)
         if line is not None:
+            if has_relu:
+                systems, targets = seen.fit.y.shape
+                hinge = Hinge.of(norm, systems, targets, layer.weight.device)
+                rows = (seen.fit_rows, seen.held_rows)
+                line = refine(line, *rows, hinge, calibration.sum_over_ranks, has_constant=has_constant)
             layer.weight += line.weight.flatten(0, 1).view_as(layer.weight).to(layer.weight)
             add_constant(layer, norm, line.constant.flatten())
             solved.append(name)
@@ -64,15 +77,26 @@ def add_constant(layer: nn.Conv2d | nn.Linear, norm: nn.modules.batchnorm._Batch
     return True
 
 
-def _moments(
+@dataclass
+class _Seen:
+    """A layer's inputs and what its outputs lack: moments over all ranks, and some samples of this one."""
+
+    fit: Moments
+    held: Moments
+    fit_rows: list[Rows]
+    held_rows: list[Rows]
+
+
+def _look(
     model: nn.Module,
     small: nn.Module,
     name: str,
     kept: tuple[int, ...] | None,
     number: int,
     calibration: Calibration,
-) -> tuple[Moments, Moments]:
-    """Moments of a layer's inputs and of what its outputs lack, over all ranks: to fit to, and held out."""
+    num_rows: int,
+) -> _Seen:
+    """Run both networks over the calibration images, up to one layer of theirs."""
     layer, old = small.get_submodule(name), model.get_submodule(name)
     assert isinstance(layer, nn.Conv2d | nn.Linear), "asked before"
     dim = -1 if isinstance(layer, nn.Linear) else 1
@@ -80,15 +104,22 @@ def _moments(
     systems = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.weight
     fit, held = (Moments.none(systems, weight[0].numel(), len(weight) // systems, weight.device) for _ in range(2))
+    seen = _Seen(fit, held, [], [])
     with _up_to(small, layer) as inputs_of, _up_to(model, old) as old_inputs_of:
         for chunk in calibration.read():
             inputs, original = inputs_of(chunk.images), old.forward(old_inputs_of(chunk.images))
             if indices is not None:
                 original = original.index_select(dim, indices)
-            lack = original - layer.forward(inputs)
-            part = held if chunk.is_held_out else fit
-            part.add(*_samples(layer, inputs, lack, seed=(number << 32) + chunk.number))
-    return fit.over(calibration.sum_over_ranks), held.over(calibration.sum_over_ranks)
+            seed = (number << 32) + chunk.number
+            x, target, output = samples_of(layer, inputs, (original, layer.forward(inputs)), seed)
+            (held if chunk.is_held_out else fit).add(x, target - output)
+            most = num_rows * len(chunk.images) // calibration.num_images
+            if most:
+                every = slice(None, None, -(-x.shape[1] // most))
+                rows = Rows(*(part[:, every].clone() for part in (x, output, target)))
+                (seen.held_rows if chunk.is_held_out else seen.fit_rows).append(rows)
+    seen.fit, seen.held = fit.over(calibration.sum_over_ranks), held.over(calibration.sum_over_ranks)
+    return seen
 
 
 def _check(fit: Moments, name: str, calibration: Calibration) -> None:
@@ -106,12 +137,14 @@ def _check(fit: Moments, name: str, calibration: Calibration) -> None:
         )
 
 
-def _samples(layer: nn.Conv2d | nn.Linear, inputs: Tensor, lack: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Features (groups, samples, features) and lacks (groups, samples, outputs), at some places of the output."""
+def samples_of(
+    layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Sequence[Tensor], seed: int
+) -> tuple[Tensor, ...]:
+    """Features (groups, samples, features) and outputs (groups, samples, outputs), at some places of the output."""
     if isinstance(layer, nn.Linear):
-        return inputs.flatten(0, -2)[None], lack.flatten(0, -2)[None]
-    width = lack.shape[3]
-    places = torch.arange(lack.shape[2] * width)
+        return tuple(values.flatten(0, -2)[None] for values in (inputs, *outputs))
+    width = outputs[0].shape[3]
+    places = torch.arange(outputs[0].shape[2] * width)
     if len(places) > POSITIONS:
         places = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:POSITIONS]
     places = places.to(inputs.device)
@@ -122,10 +155,9 @@ def _samples(layer: nn.Conv2d | nn.Linear, inputs: Tensor, lack: Tensor, seed: i
     )
     # (n, channels, places, height, width), by groups
     patches = _padded(layer, inputs)[:, :, rows[:, :, None], columns[:, None, :]]
-    patches = patches.view(len(patches), layer.groups, -1, *patches.shape[2:])
-    x = patches.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2)
-    y = lack.flatten(2)[:, :, places].view(len(lack), layer.groups, -1, len(places)).permute(1, 0, 3, 2).flatten(1, 2)
-    return x, y
+    x = patches.view(len(patches), layer.groups, -1, *patches.shape[2:])
+    y = (values.flatten(2)[:, :, places].view(len(x), layer.groups, -1, len(places)) for values in outputs)
+    return x.permute(1, 0, 3, 2, 4, 5).flatten(3).flatten(1, 2), *(part.permute(1, 0, 3, 2).flatten(1, 2) for part in y)
 
 
 def _padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:

@@ -67,6 +67,8 @@ class Line:
 
     weight: Tensor  # (systems, targets, features)
     constant: Tensor  # (systems, targets)
+    ridge: float
+    """By which it was found."""
 
     def error(self, on: Moments) -> float:
         """Mean square error over samples, summed over targets."""
@@ -88,14 +90,14 @@ def solve(fit: Moments, held: Moments, *, has_constant: bool) -> Line | None:
     identity = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
     scale = xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     best: Line | None = None
-    least = Line(torch.zeros_like(yx), torch.zeros_like(fit.y)).error(held)
+    least = Line(torch.zeros_like(yx), torch.zeros_like(fit.y), 0.0).error(held)
     for ridge in RIDGES:
         factor, failed = torch.linalg.cholesky_ex(xx + ridge * scale * identity)
         if failed.any():
             continue
         weight = torch.cholesky_solve(yx.mT, factor).mT
         constant = (fit.y - (weight @ fit.x[..., None]).squeeze(2)) / fit.n
-        line = Line(weight, constant if has_constant else torch.zeros_like(constant))
+        line = Line(weight, constant if has_constant else torch.zeros_like(constant), ridge)
         error = line.error(held)
         if error < least:
             best, least = line, error

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from netslim.prune.channels import Coupling
 
 Target = Literal["channels", "params", "macs"]
-Score = Literal["gamma", "gamma_norm"]
+Score = Literal["gamma", "gamma_norm", "reconstruction"]
 Reduce = Literal["max", "mean", "sum"]
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -25,7 +25,8 @@ class Rules:
     target: Target = "channels"
     """What the ratio is a share of: removable BatchNorm channels, parameters, or multiply-accumulates per image."""
     score: Score = "gamma"
-    """gamma: |gamma|; gamma_norm: |gamma| times the norm of the weights that read the channel."""
+    """gamma: |gamma|; gamma_norm: |gamma| times the norm of the weights that read the channel; reconstruction: what
+    the layers that read it lose for good, once they are solved anew without it (by the images of the repair)."""
     reduce: Reduce = "max"
     """Score of channels that go together, from their own: under group."""
     min_channels: Annotated[int, Field(ge=1)] = 1

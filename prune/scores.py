@@ -1,4 +1,4 @@
-"""What a channel is worth to the network: its |gamma|, alone or times what is done with the channel."""
+"""What a channel is worth to the network: its |gamma|, alone or with what is done with the channel, or its loss."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from netslim.prune import operations as ops
+from netslim.prune.calibration import Calibration
 from netslim.prune.channels import ChannelMap, Ends
 from netslim.prune.classes import Ints
+from netslim.prune.eliminate import elimination_scores
 from netslim.prune.rules import Rules
 
 Norms = NDArray[np.float64]
 
 
-def score_channels(model: nn.Module, channels: ChannelMap, rules: Rules) -> dict[str, Tensor]:
+def score_channels(
+    model: nn.Module, channels: ChannelMap, rules: Rules, calibration: Calibration | None = None
+) -> dict[str, Tensor]:
     """Score every gamma of the BatchNorms that have a removable one, (width,) each.
 
-    By |gamma|, or by |gamma| times the norm of the weights that read the channel (`reading_norms`).
+    By |gamma|, by |gamma| times the norm of the weights that read the channel (`reading_norms`), or, by calibration
+    images, by what is lost for good without it (`elimination_scores`; then every rank has to call this).
+
+    Raises: ValueError if the score needs calibration images and there are none.
     """
+    if rules.score == "reconstruction":
+        if calibration is None:
+            raise ValueError("score reconstruction measures on images; give a calibration, or score by gamma")
+        return elimination_scores(model, channels, rules.coupling, calibration)
     gammas = {name: gamma.detach() for name, gamma in channels.named_gammas(model, rules.coupling).items()}
     if rules.score == "gamma":
         return gammas

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from netslim.prune.calibration import Calibration
 from netslim.prune.channels import ChannelMap, map_channels
 from netslim.prune.choose import ShareGone, choose
 from netslim.prune.cost import cost
@@ -16,29 +18,42 @@ from netslim.prune.surgery import cut, norm_of, prove
 from netslim.prune.units import units_of
 
 
-def slim(model: nn.Module, example: Tensor, *, ratio: float, **rules: Any) -> tuple[nn.Module, Plan]:
+def slim(
+    model: nn.Module, example: Tensor, *, ratio: float, calibration: Calibration | None = None, **rules: Any
+) -> tuple[nn.Module, Plan]:
     """Map, plan, cut and prove in one call: the smaller network and its plan; the model is unchanged.
 
-    Args: example (n, 3, height, width) on the model's device; ratio in [0, 1); rules: the fields of `Rules`.
+    Args: example (n, 3, height, width) on the model's device; ratio in [0, 1); calibration, for the score that measures
+    on images; rules: the fields of `Rules`.
     Raises: ValueError as `map_channels` and `plan_network` do; RuntimeError if cut and masked network differ.
     """
     chosen = Rules.of(**rules)
-    plan = plan_network(model, map_channels(model, example, chosen.coupling), example, ratio, chosen)
+    channels = map_channels(model, example, chosen.coupling)
+    scores = score_channels(model, channels, chosen, calibration)
+    plan = plan_network(model, channels, example, ratio, chosen, scores)
     small = cut(model, plan)
     prove(model, small, plan, example)
     return small, plan
 
 
-def plan_network(model: nn.Module, channels: ChannelMap, example: Tensor, ratio: float, rules: Rules) -> Plan:
+def plan_network(
+    model: nn.Module,
+    channels: ChannelMap,
+    example: Tensor,
+    ratio: float,
+    rules: Rules,
+    scores: Mapping[str, Tensor] | None = None,
+) -> Plan:
     """Choose what goes of a network, under any rules.
 
     The target "channels" is met as in `make_plan`. For "params" and "macs" channels go in the same order, as few of
     them as bring the network's parameters, or its multiply-accumulates on the example, to (1 - ratio) or less.
 
-    Args: channels, the map of the model; example (n, 3, height, width) on its device; ratio in [0, 1).
+    Args: channels, the map of the model; example (n, 3, height, width) on its device; ratio in [0, 1); scores, if they
+    are known: those of `score_channels`.
     Raises: ValueError as `make_plan` does, also if the target cannot be reached.
     """
-    scores = score_channels(model, channels, rules)
+    scores = score_channels(model, channels, rules) if scores is None else scores
     return choose(scores, channels, ratio, rules, _share_gone(model, example, rules))
 
 

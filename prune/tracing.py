@@ -65,6 +65,20 @@ def norms_after(model: nn.Module, graph: fx.Graph) -> dict[str, nn.modules.batch
     return found
 
 
+def rectified(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """Name the modules that are called just once and whose result a ReLU alone reads."""
+    once = called_once(model, graph)
+    found = set()
+    for node in graph.nodes:
+        reader = next(iter(node.users), None)
+        if node.op != "call_module" or str(node.target) not in once or reader is None or len(node.users) > 1:
+            continue
+        module = model.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+        if reader.op.startswith("call_") and ops.name_of(reader, module) in ("relu", "relu6"):
+            found.add(str(node.target))
+    return found
+
+
 def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
     """List the first names and say how many more there are."""
     rest = len(names) - most

@@ -53,6 +53,18 @@ def test_two_passes_end_at_the_ratio_and_never_bring_a_channel_back(netslim, tmp
     assert twice.num_asked == twice.num_channels // 2
 
 
+def test_a_run_can_choose_by_what_reconstruction_restores(netslim, tmp_path, data_cache) -> None:
+    command = ["run", "digits", "--run-dir", tmp_path, "--data.cache", data_cache, *FLAGS, "--repair.images", 1024]
+    code, error = netslim(*command, "--prune.score", "reconstruction", "--prune.ratio", 0.3, 0.5)
+    assert code == 0, error
+    plans = [load_plan(tmp_path / f"prune-{ratio}") for ratio in ("0.30", "0.50")]
+    assert [plan.rules.score for plan in plans] == ["reconstruction"] * 2
+    assert all(set(plans[1].kept[name]) <= set(kept) for name, kept in plans[0].kept.items())
+    assert netslim("inspect", tmp_path, "--inspect.ratios", 0.5)[0] == 0
+    (tried,) = json.loads((tmp_path / "inspect.json").read_text())["ratios"]
+    assert tried["params"] == rows(tmp_path)[-1]["params"]
+
+
 def test_one_stage_of_several_passes_is_refused(netslim, tmp_path) -> None:
     code, error = netslim("prune", "digits", "--run-dir", tmp_path / "run", "--prune.passes", 2)
     assert (code, (tmp_path / "run").exists()) == (2, False)
