@@ -12,15 +12,17 @@ from torch import nn
 from netslim.launch.report import aligned
 from netslim.prune import Calibration, ChannelMap, Coupling, RepairConfig, Rules, cost, cut, plan_network, repair
 
-INSPECTION = "inspect.json"
+INSPECTION, PICTURE = "inspect.json", "inspect.png"
 """In a run's directory."""
 BINS = 16
 """Of a histogram of |gamma|, from 0 to the largest of the network."""
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-def describe_gammas(model: nn.Module, channels: ChannelMap, ratio: float, coupling: Coupling) -> list[dict[str, Any]]:
-    """Describe |gamma| of every BatchNorm with a removable one: a row of figures and a histogram.
+def describe_gammas(
+    model: nn.Module, channels: ChannelMap, ratio: float, coupling: Coupling
+) -> tuple[list[dict[str, Any]], float]:
+    """Describe |gamma| of every BatchNorm with a removable one, a row of figures and a histogram; and the threshold.
 
     ``below_threshold`` is the share that falls below the threshold of the ratio, before any rule holds some; 1 is a
     layer that the threshold would empty.
@@ -29,7 +31,7 @@ def describe_gammas(model: nn.Module, channels: ChannelMap, ratio: float, coupli
     every = torch.cat(list(found.values())).sort().values
     threshold = every[max(0, int(ratio * len(every)) - 1)]
     top = float(every[-1]) or 1.0
-    return [
+    rows = [
         {
             "layer": name,
             "channels": len(gamma),
@@ -42,6 +44,7 @@ def describe_gammas(model: nn.Module, channels: ChannelMap, ratio: float, coupli
         }
         for name, gamma in found.items()
     ]
+    return rows, float(threshold)
 
 
 def try_ratio(

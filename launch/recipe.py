@@ -7,15 +7,16 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_calibration, open_loaders, prepare
 from netslim.launch.artefacts import (
@@ -71,6 +72,7 @@ from netslim.train import (
 )
 from netslim.train.models import build_network, initialise, is_own
 
+T = TypeVar("T")
 STAGES = ("sparsify", "prune", "repair", "finetune")
 
 
@@ -90,7 +92,11 @@ class Job:
     def calibration(self) -> Calibration:
         """The training images that repairs share, over all ranks: opened once for all ratios."""
         shard = Shard(self.run.rank, self.run.world_size)
-        return replace(calibrate(self, shard), sum_over_ranks=self.run.sum_over_ranks)
+        return replace(calibrate(self, shard), sum_over_ranks=self.run.sum_over_ranks, show=self.show)
+
+    def show(self, items: Collection[T], what: str) -> Iterable[T]:
+        """The items behind a progress bar, on a terminal."""
+        return tqdm(items, desc=what, leave=False, disable=None if self.run.is_main else True)
 
     def scores(self, turn: Pass, sparse: nn.Module, channels: ChannelMap) -> dict[str, torch.Tensor]:
         """What the channels of a sparse model are worth: found once for all ratios that are cut from it."""
@@ -328,13 +334,15 @@ def inspect_sparse(job: Job) -> None:
         pull, _ = describe_pull(
             first, config.sparsity.weight, travel(config.sparsify, job.loaders.train.steps_per_epoch)
         )
+        layers, threshold = describe_gammas(sparse, channels, ratio, config.prune.coupling)
         found = {
             "accuracy": accuracy,
             "params": price.params,
             "macs": price.macs,
             "pull": pull,
             "ratio": ratio,
-            "layers": describe_gammas(sparse, channels, ratio, config.prune.coupling),
+            "layers": layers,
+            "threshold": threshold,
             "ratios": sorted((row for rows in everyone or [] for row in rows), key=lambda row: float(row["ratio"])),
         }
         write_json(job.directory / INSPECTION, found)

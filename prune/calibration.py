@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ HELD_OUT = 8
 FEWEST = 2 * HELD_OUT
 """Images below which a calibration is refused."""
 _CHUNK = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Chunk:
         return self.number % HELD_OUT == HELD_OUT - 1
 
 
+class Show(Protocol):
+    def __call__(self, items: Collection[T], what: str) -> Iterable[T]: ...
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Images to measure by, spread over the ranks in chunks that do not depend on how many ranks there are."""
@@ -42,6 +47,8 @@ class Calibration:
     """Two of them, (2, 3, height, width), the same on every rank."""
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values
     """Adds float64 tensors elementwise; the result is the same on every rank."""
+    show: Show = lambda items, what: items
+    """Gives the items of a long loop, and may show how far it is: a progress bar."""
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor) -> Self:

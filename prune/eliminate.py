@@ -39,7 +39,8 @@ def elimination_scores(
     """
     unit_of = _units(channels, coupling)
     readers = _read(model, channels, unit_of, calibration)
-    lost = {unit: share for component in _components(readers) for unit, share in _eliminate(component)}
+    components = calibration.show(_components(readers), "scoring channels")
+    lost = {unit: share for component in components for unit, share in _eliminate(component)}
     most = max(lost.values(), default=0.0)
     return {
         layer.name: torch.tensor(

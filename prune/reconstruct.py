@@ -47,7 +47,7 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Cal
         name: layer for name, layer in called_once(small, graph).items() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
     model.eval()
-    for number, (name, layer) in enumerate(layers.items()):
+    for number, (name, layer) in enumerate(calibration.show(layers.items(), "reconstructing")):
         norm = norms.get(name)
         has_constant = layer.bias is not None or norm is not None
         has_relu = (name if norm is None else names[id(norm)]) in zeroed

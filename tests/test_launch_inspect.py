@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_launch_cli import Netslim, assert_one_line, smallest
 
 from netslim.launch.cli import dispatch
@@ -50,6 +51,10 @@ def test_it_says_what_the_run_itself_comes_to_and_marks_the_largest_ratio_within
         )
     assert low["params"] > middle["params"]
     assert "the largest ratio possible" in high["refused"]
+    assert 0 < inspection(run)["threshold"] < max(row["largest"] for row in inspection(run)["layers"])
+    assert printed.splitlines()[-1] == f"{run}/inspect.png"
+    with Image.open(run / "inspect.png") as picture:
+        assert len(picture.convert("RGB").resize((200, 80)).getcolors(16000)) > 100  # something is drawn
     assert not (run / "prune-0.30").exists()
 
 
