@@ -29,7 +29,7 @@ def test_each_pass_takes_the_same_share_of_what_is_left_and_the_last_reaches_the
     assert third.before == second
 
 
-@pytest.mark.parametrize("coupling", ["group", "select"])
+@pytest.mark.parametrize("coupling", [pytest.param("group", marks=pytest.mark.slow), "select"])
 def test_two_passes_end_at_the_ratio_and_never_bring_a_channel_back(netslim, tmp_path, data_cache, coupling) -> None:
     command = ["run", "digits", "--run-dir", tmp_path, "--data.cache", data_cache, *FLAGS, "--model", "preresnet20"]
     code, error = netslim(*command, "--model.width", 0.25, "--prune.passes", 2, "--prune.coupling", coupling)
