@@ -13,7 +13,7 @@ from torch import nn
 from netslim.prune.absorb import absorb
 from netslim.prune.calibration import FEWEST, Calibration, held_out_loss
 from netslim.prune.plan import Plan
-from netslim.prune.recalibrate import rebase, recalibrate
+from netslim.prune.recalibrate import recalibrate
 from netslim.prune.reconstruct import reconstruct
 
 Step = Literal["absorb", "reconstruct", "recalibrate"]
@@ -76,8 +76,7 @@ def repair(
     """Repair what `cut(model, plan)` gave: a copy of `small` with the same shapes, and what was done; no training step.
 
     The steps run in the order of `STEPS`. With `auto` one that does not lower the loss on the held-out images is
-    undone, so that the result is never worse there than the cut. At the end statistics, gammas and betas are changed
-    together (`rebase`), so that training begins with what was repaired. On several ranks all end with the same weights.
+    undone, so that the result is never worse there than the cut. On several ranks all end with the same weights.
 
     Raises: ValueError if there are too few images, or as `reconstruct` does.
     """
@@ -99,6 +98,4 @@ def repair(
         tried.append(Tried(step, after, is_kept))
         if is_kept:
             best, loss = network, after
-    if loss < loss_cut or not config.auto:
-        rebase(best, calibration)
     return best, Repair(loss_cut, tuple(tried))
