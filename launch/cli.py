@@ -20,7 +20,6 @@ from netslim.launch.cluster import launch
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.describe import describe, preset_of_run
 from netslim.launch.export import export_run
-from netslim.launch.figures import draw_inspection
 from netslim.launch.inspection import INSPECTION, PICTURE, format_inspection, largest_ratio
 from netslim.launch.mistakes import LOST_RANK, end_at_once, guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
@@ -103,6 +102,8 @@ def inspect_run(run: Path, flags: Sequence[str]) -> int:
         return 0
     code = start_processes(preset, config, ["inspect"], [preset, *flags], count_processes(config))
     if not code:
+        from netslim.launch.figures import draw_inspection  # here: matplotlib is imported for no other command
+
         found = read_json(run / INSPECTION)
         print(f"\n{format_inspection(found, config.inspect.loss)}\n{run / INSPECTION}")
         draw_inspection(found, largest_ratio(found, config.inspect.loss), run / PICTURE)

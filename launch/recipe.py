@@ -214,7 +214,6 @@ def prune(job: Job, turn: Pass) -> None:
         return
     started = time.perf_counter()
     sparse = read_sparse(job, turn)
-
     channels = map_channels(sparse, blank_image(job), job.config.prune.coupling)
     scores = job.scores(turn, sparse, channels)
 

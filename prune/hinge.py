@@ -74,10 +74,10 @@ def refine(
     the same second moments.
     """
     weight, constant = line.weight, line.constant
-    systems, targets, features = weight.shape
-    moments = Moments.none(systems, features, targets, weight.device)
+    systems, _, features = weight.shape
+    moments = Moments.none(systems, features, 0, weight.device)  # of the features alone
     for rows in fit:
-        moments.add(rows.x, rows.target - rows.output)
+        moments.add(rows.x, rows.target[:, :, :0])
     moments = moments.over(sum_over_ranks)
     mean = moments.x / moments.n if has_constant else torch.zeros_like(moments.x)
     second = moments.xx / moments.n - mean[:, :, None] * mean[:, None, :]

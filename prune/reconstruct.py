@@ -42,7 +42,6 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Cal
     graph = traces(small).graphs[0]
     kept = {part.name: part.outputs for part in plan.slices}
     norms, zeroed, solved = norms_after(small, graph), rectified(small, graph), []
-    names = {id(norm): name for name, norm in small.named_modules()}
     layers = {
         name: layer for name, layer in called_once(small, graph).items() if isinstance(layer, nn.Conv2d | nn.Linear)
     }
@@ -50,7 +49,7 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Cal
     for number, (name, layer) in enumerate(calibration.show(layers.items(), "reconstructing")):
         norm = norms.get(name)
         has_constant = layer.bias is not None or norm is not None
-        has_relu = (name if norm is None else names[id(norm)]) in zeroed
+        has_relu = (layer if norm is None else norm) in zeroed
         seen = _look(model, small, name, kept.get(name), number, calibration, num_rows=ROWS if has_relu else 0)
         _check(seen.fit, name, calibration)
         line = solve(seen.fit, seen.held, has_constant=has_constant)

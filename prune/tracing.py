@@ -65,8 +65,8 @@ def norms_after(model: nn.Module, graph: fx.Graph) -> dict[str, nn.modules.batch
     return found
 
 
-def rectified(model: nn.Module, graph: fx.Graph) -> set[str]:
-    """Name the modules that are called just once and whose result a ReLU alone reads."""
+def rectified(model: nn.Module, graph: fx.Graph) -> set[nn.Module]:
+    """Find the modules that are called just once and whose result a ReLU alone reads."""
     once = called_once(model, graph)
     found = set()
     for node in graph.nodes:
@@ -75,7 +75,7 @@ def rectified(model: nn.Module, graph: fx.Graph) -> set[str]:
             continue
         module = model.get_submodule(str(reader.target)) if reader.op == "call_module" else None
         if reader.op.startswith("call_") and ops.name_of(reader, module) in ("relu", "relu6"):
-            found.add(str(node.target))
+            found.add(once[str(node.target)])
     return found
 
 
