@@ -22,7 +22,7 @@ def digits() -> RunConfig:
         sparsity=SparsityConfig(weight=1e-2),
         # without a floor 90 % leaves single channels, through which little can be learnt
         prune=PruneConfig(ratio=(0.5, 0.9), min_share=0.05),
-        finetune=FinetuneConfig(epochs=10, lr=0.05, schedule="onecycle", weight_decay=1e-4),
+        finetune=FinetuneConfig(epochs=10, lr=0.02, schedule="onecycle", weight_decay=1e-4),
         cpu=True,
         num_processes=2,
     )

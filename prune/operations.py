@@ -44,8 +44,8 @@ _ACTIVATING = {
     "square",
     "sqrt",
 }
-_COPYING = {"dropout", "dropout1d", "dropout2d", "dropout3d", "detach", "clone", "contiguous"}
-PASSING = frozenset(_ACTIVATING | _COPYING)
+COPYING = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "detach", "clone", "contiguous"})
+PASSING = COPYING | _ACTIVATING
 # Element by element too, but f(0) is another number.
 SHIFTING = frozenset({"sigmoid", "hardsigmoid", "softplus", "exp", "cos"})
 # Element by element; whether f(0) = 0 depends on the limits.

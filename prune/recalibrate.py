@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from netslim.prune import operations as ops
 from netslim.prune.calibration import Calibration
@@ -16,12 +17,27 @@ from netslim.prune.calibration import Calibration
 def recalibrate(network: nn.Module, calibration: Calibration) -> None:
     """Set the running statistics to mean and variance over all calibration images, in place.
 
-    Each chunk is normalised by its own statistics, as in training; first and second moments are summed in float64 over
-    chunks and ranks.
+    Each chunk is normalised by its own statistics, as in training.
     """
-    twin = copy.deepcopy(network).eval()  # which is put into training mode, and counts batches there
+    for norm, (mean, variance) in input_statistics(network, calibration, as_in_training=True).items():
+        assert norm.running_mean is not None, "measured, so it has them"
+        assert norm.running_var is not None, "comes with the mean"
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+
+@torch.no_grad()
+def input_statistics(
+    network: nn.Module, calibration: Calibration, *, as_in_training: bool
+) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
+    """Measure mean and variance, (channels,) float64, of what goes into each BatchNorm that has statistics.
+
+    Over all images and ranks; first and second moments are summed over chunks. The BatchNorms before normalise by the
+    running statistics, or `as_in_training` by those of each chunk.
+    """
+    twin = copy.deepcopy(network).eval()  # which may be put into training mode, and counts batches there
     norms = {
-        name: (norm, twin.get_submodule(name).train())
+        name: (norm, twin.get_submodule(name).train(as_in_training))
         for name, norm in network.named_modules()
         if isinstance(norm, ops.NORMALISING) and norm.running_mean is not None
     }
@@ -40,10 +56,9 @@ def recalibrate(network: nn.Module, calibration: Calibration) -> None:
     for chunk in calibration.read():
         twin(chunk.images)
     total = calibration.sum_over_ranks(torch.cat(list(sums.values())))
+    found = {}
     parts = torch.split(total, [len(part) for part in sums.values()])
     for (norm, _), part in zip(norms.values(), parts, strict=True):
         mean, square = (part[:-1] / part[-1]).view(2, -1)
-        assert norm.running_mean is not None, "asked before"
-        assert norm.running_var is not None, "comes with the mean"
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_((square - mean * mean).clamp(min=0))
+        found[norm] = (mean, (square - mean * mean).clamp(min=0))
+    return found

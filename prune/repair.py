@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass as configuration
 from torch import nn
 
 from netslim.prune.absorb import absorb
+from netslim.prune.balance import balance
 from netslim.prune.calibration import FEWEST, Calibration, held_out_loss
 from netslim.prune.plan import Plan
 from netslim.prune.recalibrate import recalibrate
@@ -18,6 +19,8 @@ from netslim.prune.reconstruct import reconstruct
 
 Step = Literal["absorb", "reconstruct", "recalibrate"]
 STEPS: tuple[Step, ...] = ("absorb", "reconstruct", "recalibrate")
+SAME_LOSS = 1e-3
+"""Largest difference of a loss, relative to max(1, loss), that counts as rounding."""
 
 
 @configuration(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -29,6 +32,8 @@ class RepairConfig:
     solved anew by least squares. recalibrate: BatchNorm statistics are measured anew. None: no repair."""
     auto: bool = True
     """Keep a step only if it lowers the loss on calibration images that nothing was fitted to."""
+    balance: bool = True
+    """Give a repaired network, with the same outputs, weights of the sizes that training expects."""
     images: Annotated[int, Field(ge=FEWEST)] = 2048
     """Training images to measure by, or all where there are fewer."""
 
@@ -50,6 +55,8 @@ class Repair:
     loss_cut: float
     """Mean cross-entropy on the held-out calibration images before any step."""
     tried: tuple[Tried, ...]
+    is_balanced: bool
+    """Whether weights, gammas and statistics were changed together afterwards, to the same outputs (`balance`)."""
 
     @property
     def kept(self) -> tuple[Step, ...]:
@@ -63,7 +70,7 @@ class Repair:
 
     def __str__(self) -> str:
         steps = [f"{tried.step} {tried.loss:.4f}{'' if tried.is_kept else ' (undone)'}" for tried in self.tried]
-        return f"held-out loss after the cut {self.loss_cut:.4f}; {', '.join(steps)}"
+        return f"held-out loss after the cut {self.loss_cut:.4f}; {', '.join(steps)}{'; balanced' * self.is_balanced}"
 
 
 def repair(
@@ -76,7 +83,8 @@ def repair(
     """Repair what `cut(model, plan)` gave: a copy of `small` with the same shapes, and what was done; no training step.
 
     The steps run in the order of `STEPS`. With `auto` one that does not lower the loss on the held-out images is
-    undone, so that the result is never worse there than the cut. On several ranks all end with the same weights.
+    undone, so that the result is never worse there than the cut. What was repaired is then balanced (`balance`), which
+    changes no output: else it is undone too. On several ranks all end with the same weights.
 
     Raises: ValueError if there are too few images, or as `reconstruct` does.
     """
@@ -98,4 +106,10 @@ def repair(
         tried.append(Tried(step, after, is_kept))
         if is_kept:
             best, loss = network, after
-    return best, Repair(loss_cut, tuple(tried))
+    is_balanced = False
+    if config.balance and any(step.is_kept for step in tried):
+        network = copy.deepcopy(best)
+        balance(network, calibration)
+        is_balanced = abs(held_out_loss(network, calibration) - loss) <= SAME_LOSS * max(1.0, loss)
+        best = network if is_balanced else best
+    return best, Repair(loss_cut, tuple(tried), is_balanced)
