@@ -145,15 +145,18 @@ def occupied(directory: Path) -> Iterator[None]:
 def claim(directory: Path, preset: str, config: RunConfig) -> None:
     """Make the run directory, or check that its stages were made with the same configuration; keeps config.json.
 
-    What no stage has read yet may still change: how to repair until the first repair, how to fine-tune until that.
+    What no stage has read yet may still change: how to prune until the first cut, how to repair until the first repair,
+    how to fine-tune until that. So a sparse model that is copied into another directory can be pruned by other rules.
 
     Raises ValueError that lists the fields which differ, and OSError where the directory can't be written.
     """
     path = directory / "config.json"
     values = {"preset": preset, **to_dict(config)}
+    sparse = stage_directory(directory, "sparsify")
     # a run that ended before its first stage began holds nothing that another configuration would mix with
-    if path.is_file() and (directory / "sparse").is_dir():
-        differing = differences(to_dict(read_config(path)), to_dict(config), _unread(directory))
+    before = path if path.is_file() else sparse / "config.json"
+    if sparse.is_dir() and before.is_file():
+        differing = differences(to_dict(read_config(before)), to_dict(config), _unread(directory))
         if differing:
             raise ValueError(
                 f"{directory} was made with another configuration: {'; '.join(differing)}. "
@@ -168,8 +171,10 @@ def _unread(directory: Path) -> list[str]:
     """The sections of the configuration that no stage in a run's directory has read."""
     begun = {path.name.split("-")[0] for path in directory.iterdir() if path.is_dir()}
     is_trained = bool(begun & {"finetune", "scratch"})
-    return [
-        section
-        for section, is_read in (("repair", is_trained or "repair" in begun), ("finetune", is_trained))
-        if not is_read
-    ]
+    is_read = {
+        # sparsity training penalises the gammas that can go
+        "prune": "prune" in begun or not is_complete(stage_directory(directory, "sparsify")),
+        "repair": is_trained or "repair" in begun,
+        "finetune": is_trained,
+    }
+    return [section for section, already in is_read.items() if not already]

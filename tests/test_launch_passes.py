@@ -1,6 +1,7 @@
 """From one sparse model to slim ones in several ways: more than one pass, and other starts of fine-tuning."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,10 @@ def test_fine_tuning_starts_from_the_repaired_the_cut_and_the_new_network(netsli
 def test_what_no_stage_has_read_yet_may_still_change(netslim, tmp_path, data_cache) -> None:
     flags = ["--run-dir", tmp_path, "--data.cache", data_cache, *FLAGS]
     assert netslim("sparsify", "digits", *flags)[0] == 0
-    assert netslim("prune", "digits", *flags, "--repair.images", 64)[0] == 0
+    assert netslim("prune", "digits", *flags, "--prune.min-channels", 3, "--repair.images", 64)[0] == 0
+    code, error = netslim("prune", "digits", *flags, "--prune.min-channels", 2)
+    assert (code, "prune.min_channels was 3, now 2" in error) == (2, True)
+    flags += ["--prune.min-channels", 3]
     code, error = netslim("repair", "digits", *flags, "--repair.images", 64)
     assert (code, "give at least" in error) == (2, True)
     assert netslim("repair", "digits", *flags)[0] == 0  # with the images that it takes
@@ -99,6 +103,20 @@ def test_what_no_stage_has_read_yet_may_still_change(netslim, tmp_path, data_cac
     assert netslim("finetune", "digits", *flags, "--finetune.lr", 0.02)[0] == 0
     code, error = netslim("finetune", "digits", *flags, "--finetune.lr", 0.01)
     assert (code, "finetune.lr was 0.02, now 0.01" in error) == (2, True)
+
+
+def test_a_copied_sparse_model_is_pruned_by_other_rules_and_taken_for_no_other_training(
+    netslim, tmp_path, data_cache
+) -> None:
+    one, other = (["digits", "--run-dir", tmp_path / name, "--data.cache", data_cache, *FLAGS] for name in "ab")
+    assert netslim("sparsify", *one)[0] == 0
+    shutil.copytree(tmp_path / "a" / "sparse", tmp_path / "b" / "sparse")
+    code, error = netslim("prune", *other, "--sparsity.weight", 0.5)
+    assert (code, "sparsity.weight was 0.01, now 0.5" in error) == (2, True)
+    assert netslim("prune", *one, "--prune.score", "gamma_norm")[0] == 0
+    assert netslim("prune", *other)[0] == 0
+    kept = [load_plan(tmp_path / name / "prune-0.50").kept for name in "ab"]
+    assert kept[0] != kept[1]
 
 
 def test_a_field_that_an_older_run_did_not_have_counts_as_its_default(netslim, tmp_path, data_cache) -> None:
