@@ -2,6 +2,7 @@
 # make check  lint, format, types, import rules             make bench  the benchmarks      make dev  tools for developers
 # make slow   tests of minutes: every network of torchvision, full-size exports, every engine on up to four ranks
 # make soak   tests of hours: a hundred random kills, fifty random faults
+# make lab    the lab report measured again, for docs/lab.md: make lab FLAGS='--root ~/cifar10'
 # make gpu    tests of training on one GPU: nccl alone, gloo between two processes, fp16, bf16, torch.compile, resuming
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-.PHONY: demo test slow soak gpu check format bench dev clean
+.PHONY: demo test slow soak gpu check format bench lab dev clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -29,6 +30,9 @@ soak: $(READY)
 bench: $(READY)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test,bench]'
 	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+lab: $(READY)
+	$(BIN)/python tests/bench/lab.py $(FLAGS)
 
 dev: $(READY_DEV)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from netslim.prune.calibration import Calibration
 from netslim.prune.channels import ChannelMap, Coupling
 from netslim.prune.classes import CONSTANT, Ints
-from netslim.prune.reconstruct import samples_of
+from netslim.prune.reconstruct import check_finite, samples_of
 from netslim.prune.ridge import Moments
 from netslim.prune.tracing import called_once, norms_after, traces
 
@@ -36,6 +36,8 @@ def elimination_scores(
 
     On several ranks all get the same scores. Memory is that of the second moments of all layers' inputs, whatever the
     number of images.
+
+    Raises: ValueError if activations are not finite.
     """
     unit_of = _units(channels, coupling)
     readers = _read(model, channels, unit_of, calibration)
@@ -114,6 +116,7 @@ def _read(model: nn.Module, channels: ChannelMap, unit_of: Ints, calibration: Ca
     moments = _input_moments(model, [layer for layer, _ in layers.values()], calibration)
     readers = []
     for (name, (layer, units)), seen in zip(layers.items(), moments, strict=True):
+        check_finite(seen, name)
         second = (seen.xx - seen.x[:, :, None] * seen.x[:, None, :] / seen.n) / seen.n
         weight = layer.weight.flatten(1).double()
         norm = norms.get(name)

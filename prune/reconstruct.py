@@ -121,12 +121,17 @@ def _look(
     return seen
 
 
-def _check(fit: Moments, name: str, calibration: Calibration) -> None:
-    if not fit.is_finite():
+def check_finite(moments: Moments, name: str) -> None:
+    """Raise ValueError where what goes into a layer, or comes out, was not finite."""
+    if not moments.is_finite():
         raise ValueError(
             f"the activations at '{name}' are NaN or infinite, so its weights cannot be solved: the sparse model "
             "diverged, or its file is damaged"
         )
+
+
+def _check(fit: Moments, name: str, calibration: Calibration) -> None:
+    check_finite(fit, name)
     features = fit.x.shape[1]
     if fit.n < features:
         enough = -int(-features * calibration.num_images // int(fit.n))

@@ -117,6 +117,14 @@ def test_two_ranks_score_as_one_does(tmp_path):
         assert torch.allclose(first[name], want, rtol=1e-9)
 
 
+def test_activations_that_are_not_finite_are_refused():
+    model = net()
+    with torch.no_grad():
+        model[1].weight[2] = float("nan")
+    with pytest.raises(ValueError, match="the activations at '3' are NaN or infinite"):
+        scores_of(model)
+
+
 def test_without_images_the_score_is_refused():
     with pytest.raises(ValueError, match="score reconstruction measures on images; give a calibration, or score by"):
         slim(net(), EXAMPLE, ratio=0.5, score="reconstruction")

@@ -1,7 +1,10 @@
 """The lab report that netslim began with, measured again: what its page, docs/lab.md, shows.
 
-    make lab FLAGS='--root ~/cifar10'                    full width and length, on a GPU
+    make lab FLAGS='--root ~/cifar10'                                             folders of images
+    make lab FLAGS='--root ~/data -- --data.source cifar10 --data.download'       the originals
     python tests/bench/lab.py --root DIR [options] [-- any netslim flag ...]
+
+Without flags for netslim it is the paper's training at full width, which wants a GPU.
 
 For each lambda VGG-19 is sparsified once and cut at each ratio in two ways: by |gamma|, as the report did, and by what
 reconstruction cannot restore (`--prune.score reconstruction`). Both are repaired. For the lambdas of --finetune the
