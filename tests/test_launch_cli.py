@@ -222,7 +222,7 @@ def test_inspect_predicts_before_training_that_lambda_is_too_small_and_names_one
     assert dispatch(weak) == 0
     warning = capfd.readouterr().out.splitlines()[-1]
     assert warning.startswith("warning: pull 0.0155 = lambda 0.0001 x")
-    (named,) = re.findall(r"a lambda of (\S+) or more", warning)
+    (named,) = re.findall(r"(\S+) is the least lambda that can", warning)
     assert dispatch([*weak[:-1], named]) == 0
     assert capfd.readouterr().out.splitlines()[-1].startswith("pull 0.5")
 

@@ -136,16 +136,20 @@ def describe_pull(gammas: Sequence[Tensor], weight: float, travel: float) -> tup
     """One line that says whether lambda can bring the gammas to zero in this schedule, and whether it is a warning.
 
     ``travel`` is sum of lr / (1 - momentum) over the schedule, so that weight * travel, the *pull*, is the farthest
-    that the penalty alone can move a gamma. A pull below the median |gamma| leaves most gammas where they are: the
-    global threshold then cuts channels that matter, and the accuracy after the cut falls to chance level.
+    that the penalty alone can move a gamma. The loss holds up the gammas that it needs, so that a pull as long as the
+    median is the least that brings any to zero (measured: docs/lab.md). A pull below the median |gamma| leaves most
+    gammas where they are: the global threshold then cuts channels that matter, and the accuracy after the cut falls to
+    chance level.
     """
     pull, median = weight * travel, gamma_summary(gammas)["gamma_median"]
     line = f"pull {pull:.3g} = lambda {weight:g} x sum of lr / (1 - momentum) {travel:.4g}; median |gamma| {median:.3g}"
     if weight == 0 or pull >= median:
         return line, False
+    least = _rounded_up(median / travel)
     return (
         f"{line}: this lambda cannot bring the gammas to zero in this schedule, so that pruning will cut channels that "
-        f"matter; a lambda of {_rounded_up(median / travel):g} or more can, or more epochs, or a higher learning rate",
+        f"matter; {least:g} is the least lambda that can, for the first of them, and several times that for many; or "
+        "use more epochs, or a higher learning rate",
         True,
     )
 
