@@ -32,7 +32,7 @@ def lab_vgg19_cifar10() -> RunConfig:
     """VGG-19 on CIFAR-10 as in the lab report that netslim began with: lambda 1e-5, ratios 0.5 and 0.9.
 
     Origin: a student's lab report. Hardware: one GPU.
-    Expected by the report: 10 % right after the cut, 91 % and 88 % fine-tuned.
+    Expected by the report: 10 % right after the cut, 91 % and 88 % fine-tuned. docs/lab.md says why, and what to do.
     Command: netslim run lab-vgg19-cifar10 --data.root FOLDER
     """
     return _cifar10(ModelConfig(name="vgg19"), weight=1e-5, ratios=(0.5, 0.9))

@@ -164,15 +164,15 @@ def draw_gammas(options: argparse.Namespace, axes: Axes) -> None:
 
 def draw_pruning(options: argparse.Namespace, axes: Axes) -> None:
     groups = [(weight, ratio) for weight in options.weights for ratio in options.ratios]
-    bars = [("cut by |gamma|", "gamma", "prune", "#b0413e"), ("the same, repaired", "gamma", "repair", "#8fb8de")]
-    bars += [("cut by reconstruction, repaired", "reconstruction", "repair", "#2364aa")]
+    bars = [("cut by |gamma|", "gamma", "prune", "#b0413e"), ("the same, repaired", "gamma", "repair", "#5a93c8")]
+    bars += [("cut by reconstruction, repaired", "reconstruction", "repair", "#1b4f8a")]
     for number, (label, score, name, colour) in enumerate(bars):
         heights = [
             100 * metrics(run_directory(options.runs, weight, score) / stage(name, ratio))["accuracy"]
             for weight, ratio in groups
         ]
         shown = axes.bar(np.arange(len(groups)) + 0.28 * (number - 1), heights, 0.26, color=colour, label=label)
-        axes.bar_label(shown, fmt="%.0f", fontsize=7)
+        axes.bar_label(shown, fmt="%.0f", fontsize=8, label_type="center", color="white")
     sparse = [
         100 * metrics(run_directory(options.runs, weight, "gamma") / "sparse")["accuracy"] for weight, _ in groups
     ]
