@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-# Small networks gain nothing from a second thread, and threads that spin beside other ranks take many times as long.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 from netslim.launch.cli import dispatch
 from netslim.launch.mistakes import guarded
 
