@@ -160,9 +160,15 @@ def test_two_ranks_train_to_the_weights_that_one_rank_reaches(case: str, by_rank
 
 
 @pytest.mark.parametrize("half", [case for case in CASES if case in ("bf16", "fp16")])
-def test_a_second_rank_changes_a_run_in_16_bits_by_less_than_these_do(half: str, by_ranks: dict[int, Any]) -> None:
+def test_a_second_rank_changes_a_run_in_16_bits_by_no_more_than_their_rounding(
+    half: str, by_ranks: dict[int, Any]
+) -> None:
     float32, one, two = (flat(by_ranks[n][0][case]) for n, case in ((1, "plain"), (1, half), (2, half)))
-    assert relative_error(two, one) < relative_error(one, float32) < 2**-5
+    rounding = relative_error(one, float32)
+    assert rounding < 2**-5
+    assert relative_error(two, float32) < 1.5 * rounding
+    # runs that each round by themselves differ by the root of 2 times that, on one CPU or another by less
+    assert relative_error(two, one) < 1.5 * rounding
 
 
 @pytest.mark.parametrize("case", CASES)

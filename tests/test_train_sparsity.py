@@ -142,7 +142,7 @@ def test_a_pull_below_the_median_gamma_is_a_warning_that_names_a_lambda() -> Non
     line, is_warning = describe_pull([torch.full((8,), 0.5)], weight=1e-5, travel=1000.0)
     assert is_warning
     assert "pull 0.01" in line
-    assert "lambda of 0.0005" in line
+    assert "0.0005 is the least lambda that can" in line
 
 
 def test_a_pull_beyond_the_median_gamma_is_no_warning() -> None:
