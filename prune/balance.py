@@ -41,11 +41,12 @@ def balance(network: nn.Module, calibration: Calibration) -> None:
         for name, norm in norms_after(network, graph).items()
         if norm.affine and isinstance(layer := once[name], nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     }
+    normalised = set(layer_of.values())
     statistics = input_statistics(network, calibration, as_in_training=False)
     for norm in once.values():
         if norm in statistics and isinstance(norm, ops.NORMALISING) and norm.affine:
             _rebase(norm, *statistics[norm], layer_of.get(norm))
-            _spread(norm, readers.get(norm, ()), set(layer_of.values()))
+            _spread(norm, readers.get(norm, ()), normalised)
 
 
 def _rebase(norm: _BatchNorm, mean: Tensor, variance: Tensor, layer: Any) -> None:

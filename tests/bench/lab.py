@@ -124,20 +124,10 @@ def finetuned_table(options: argparse.Namespace) -> str:
             for score, words in SCORES.items():
                 directory = run_directory(options.runs, weight, score)
                 small = metrics(directory / stage("prune", ratio))
-                lines.append(
-                    [
-                        *(
-                            weight,
-                            f"{ratio:.0%}".replace("%", " %"),
-                            words,
-                            f"{small['params']:,}",
-                            f"{small['macs']:,}",
-                        ),
-                        f"{small['file_mb']:.3f}",
-                        percent(metrics(directory / stage("finetune-cut", ratio))),
-                        percent(metrics(directory / stage("finetune", ratio))),
-                    ]
-                )
+                first = [weight, f"{ratio:.0%}".replace("%", " %"), words]
+                sizes = [f"{small['params']:,}", f"{small['macs']:,}", f"{small['file_mb']:.3f}"]
+                starts = [percent(metrics(directory / stage(name, ratio))) for name in ("finetune-cut", "finetune")]
+                lines.append([*first, *sizes, *starts])
     return markdown(lines)
 
 
