@@ -39,14 +39,13 @@ class Hinge:
 
     def lack(self, target: Tensor, output: Tensor) -> Tensor:
         """What the outputs lack of the targets; on the side of zero of a target that is there, nothing."""
-        at, side = self.at.to(output), self.side.to(output)
-        beyond = (side * (output - at)).clamp(min=0)
-        return torch.where(side * (target - at) < 0, -side * beyond, target - output)
+        beyond = (self.side * (output - self.at)).clamp(min=0)
+        return torch.where(self.side * (target - self.at) < 0, -self.side * beyond, target - output)
 
     def difference(self, target: Tensor, output: Tensor) -> Tensor:
         """By how much they differ after the ReLU, up to a factor for each output."""
-        at, side = self.at.to(output), self.side.to(output)
-        before, after = (torch.where(side != 0, (side * (y - at)).clamp(min=0), y) for y in (target, output))
+        here = self.side != 0
+        before, after = (torch.where(here, (self.side * (y - self.at)).clamp(min=0), y) for y in (target, output))
         return after - before
 
 
@@ -102,8 +101,7 @@ def refine(
 
 
 def _output(rows: Rows, line: Line, x: Tensor) -> Tensor:
-    """In the samples' own precision, which is enough for a direction of descent and for a comparison."""
-    return rows.output + x @ line.weight.mT.to(x) + line.constant[:, None, :].to(x)
+    return rows.output.double() + x @ line.weight.mT + line.constant[:, None, :]
 
 
 def _products(
@@ -112,10 +110,10 @@ def _products(
     """Sum lack times features, (systems, targets, features), and lack, (systems, targets), over samples and ranks."""
     products, sums = torch.zeros_like(line.weight), torch.zeros_like(line.constant)
     for rows in fit:
-        x = rows.x - mean[:, None, :].to(rows.x)
-        lack = hinge.lack(rows.target, _output(rows, line, x))
+        x = rows.x.double() - mean[:, None, :]
+        lack = hinge.lack(rows.target.double(), _output(rows, line, x))
         products += lack.mT @ x
-        sums += lack.double().sum(1)
+        sums += lack.sum(1)
     flat = sum_over_ranks(torch.cat([products.flatten(), sums.flatten()]))
     return flat[: products.numel()].view_as(products), flat[products.numel() :].view_as(sums)
 
@@ -123,5 +121,5 @@ def _products(
 def _error(held: Sequence[Rows], hinge: Hinge, line: Line, sum_over_ranks: Callable[[Tensor], Tensor]) -> float:
     error = torch.zeros(1, dtype=torch.float64, device=line.weight.device)
     for rows in held:
-        error += hinge.difference(rows.target, _output(rows, line, rows.x)).double().square().sum()
+        error += hinge.difference(rows.target.double(), _output(rows, line, rows.x.double())).square().sum()
     return float(sum_over_ranks(error))
