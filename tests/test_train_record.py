@@ -16,9 +16,20 @@ from test_train_resume import CrashError, Dying
 from torch import nn
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
-from netslim.train import CheckpointConfig, EngineConfig, FitConfig, Record, RecordConfig, Saver, Store, fit
-from netslim.train import record as under_test
-from netslim.train.record import _Probe, _Wandb, _wandb_mode
+from netslim.train import (
+    CheckpointConfig,
+    EngineConfig,
+    FitConfig,
+    Record,
+    RecordConfig,
+    Saver,
+    Store,
+    fit,
+    wandb_run,
+    wandb_server,
+)
+from netslim.train.wandb_run import WandbRun
+from netslim.train.wandb_server import Probe, wandb_mode
 
 METRICS = {"epoch": 1, "train_loss": 0.5, "accuracy": 0.9, "images_per_second": 10.0}
 OFFLINE = RecordConfig(wandb="offline")
@@ -73,7 +84,7 @@ def with_steps(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """Gives W&B a key, and a server at the address that the test names; afterwards W&B forgets both."""
-    monkeypatch.setattr(_Wandb, "stays_offline", False)
+    monkeypatch.setattr(WandbRun, "stays_offline", False)
     for name in ("WANDB_MODE", "WANDB_SERVICE", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {
@@ -190,7 +201,7 @@ def test_the_wandb_mode_is_decided_without_a_prompt(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if environment is not None:
         monkeypatch.setenv("WANDB_MODE", environment)
-    assert _wandb_mode(RecordConfig(wandb=wanted), has_key=lambda: has_key) == mode
+    assert wandb_mode(wanted, has_key=lambda: has_key) == mode
 
 
 @contextmanager
@@ -214,7 +225,7 @@ def test_without_an_answer_everything_is_recorded_offline(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(under_test, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(wandb_server, "PROBE_SECONDS", 0.2)
     modes = []
     init = wandb.init
     monkeypatch.setattr(wandb, "init", lambda **given: modes.append(given["mode"]) or init(**given))  # type: ignore[func-returns-value]
@@ -258,7 +269,7 @@ def test_online_without_a_key_asks_for_none(
 def test_any_status_is_an_answer(status: int, address: Callable[[str], None]) -> None:
     with server(status) as there:
         address(there.url)
-        assert _Probe().finds_server()
+        assert Probe().finds_server()
 
 
 def test_the_server_is_looked_for_through_the_proxy(
@@ -267,7 +278,7 @@ def test_the_server_is_looked_for_through_the_proxy(
     address("http://no-such-host.invalid")
     with server() as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
-        assert _Probe().finds_server()
+        assert Probe().finds_server()
 
 
 def train_some_seconds(record: Record) -> None:
@@ -283,7 +294,7 @@ def test_a_server_that_falls_silent_keeps_no_run_from_ending(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(under_test, "FINISH_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 1.0)
     with server() as there:
         address(there.url)
         for stage in ("sparse", "finetune-0.50"):
@@ -307,7 +318,7 @@ def test_a_server_that_starts_no_run_is_waited_for_once(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(under_test, "INIT_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_run, "INIT_SECONDS", 1.0)
     with server() as there:
         address(there.url)
         there.is_alive.clear()

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netslim.train.evaluate import evaluate
+from netslim.train.meters import Waits, forget_peak_memory, peak_memory
 from netslim.train.optim import FitConfig, learning_rate, make_optimizer, travel
+from netslim.train.pace import Leg
 from netslim.train.progress import Progress, Saver
 from netslim.train.record import Record
 from netslim.train.runtime import Runtime
@@ -114,8 +116,9 @@ class Training:
         if run.config.batch_norm == "frozen":
             freeze(self.trained)
         first = progress.step * parts
-        batches = self.train.epoch(epoch, first)
-        shown = self.record.progress(batches, len(self.train) - first, f"epoch {epoch + 1}/{self.config.epochs}")
+        self.waits = Waits(self.train.epoch(epoch, first))
+        shown = self.record.progress(self.waits, self.leg(epoch, first))
+        forget_peak_memory(run.device)
         sums = progress.start_sums(run.device)
         if self.config.skip_nonfinite:
             self.changing = [*self.trained.buffers(), sums]
@@ -135,6 +138,19 @@ class Training:
                     torch._foreach_copy_(self.before_step, self.changing)
                 progress.step += 1
                 saver.after_step(self, progress)
+
+    def leg(self, epoch: int, first: int) -> Leg:
+        """The epoch as a part of the whole training, for the bar; counted in this rank's micro-batches."""
+        num = len(self.train)
+        return Leg(
+            what=f"epoch {epoch + 1}/{self.config.epochs}",
+            total=num,
+            first=first,
+            before=epoch * num,
+            way=self.config.epochs * num,
+            parts=self.run.config.accumulation,
+            images=lambda batch: len(batch[1]) * self.run.world_size,
+        )
 
     def forward_backward(self, batch: Batch, sums: Tensor) -> Tensor:
         images, labels = batch
@@ -193,14 +209,17 @@ class Training:
             "test_loss": evaluation.loss,
             "accuracy": evaluation.accuracy,
             "best_accuracy": max([evaluation.accuracy, *(line["accuracy"] for line in progress.metrics)]),
+            **_best({"train_loss": loss_sum / count, "test_loss": evaluation.loss}, progress.metrics),
             "images_per_second": count / seconds,
+            "data_wait": self.waits.share(seconds - progress.seconds),  # of this process's part of the epoch
+            **peak_memory(run.device),
             "seconds": progress.seconds_so_far(),
             "checkpoint_seconds": progress.saving_seconds,
             "skipped_steps": progress.skipped,
             **(gamma_summary(self.gammas) if self.gammas else {}),
         }
         progress.next_epoch(metrics)
-        self.record.epoch(metrics, self.model)
+        self.record.epoch(metrics, self.model, of=self.config.epochs)
 
     def bring_back(self) -> None:
         """Give the model the weights and statistics of the copy that ZeRO trains."""
@@ -246,3 +265,12 @@ class Supervised(nn.Module):
 def _names_of(parameters: Sequence[nn.Parameter], model: nn.Module) -> list[str]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for parameter in parameters if parameter.requires_grad]
+
+
+def _best(losses: dict[str, float], earlier: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The least of each loss in the epochs so far."""
+    return {
+        # a checkpoint need not hold them
+        f"best_{name}": min([loss, *(line[name] for line in earlier if isinstance(line.get(name), float))])
+        for name, loss in losses.items()
+    }

@@ -1,0 +1,109 @@
+"""How a process finds W&B: its settings, its key, whether anything answers there, and the sweep it is a trial of."""
+
+import http.client
+import os
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+PROBE_SECONDS = 5.0
+"""How long to look for a server; training goes on meanwhile."""
+_SWEEP, _RUN = "WANDB_SWEEP_ID", "WANDB_RUN_ID"
+Mode = Literal["online", "offline"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What ``wandb agent`` says to the processes it starts: the sweep, and the run that it reads the result from."""
+
+    sweep: str
+    run: str
+    project: str | None
+    entity: str | None
+
+    @classmethod
+    def of_this_process(cls) -> "Trial | None":
+        """None where no agent started it."""
+        sweep, run = os.environ.get(_SWEEP), os.environ.get(_RUN)
+        if not sweep or not run:
+            return None
+        return cls(sweep, run, os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_ENTITY"))
+
+
+def set_up_wandb() -> Any:
+    """W&B's settings, from its files and the environment."""
+    # its telemetry keeps a process from ending for as long as the server does not answer, after offline runs too
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb  # seconds to import, and not wanted everywhere
+
+    with _without_sweep():
+        # online: under a WANDB_MODE that the configuration overrides, W&B would look for no key
+        return wandb.setup(wandb.Settings(silent=True, mode="online")).settings
+
+
+@contextmanager
+def _without_sweep() -> Iterator[None]:
+    """Hide the agent's variables: where W&B knows them, every run of the process takes the trial's id."""
+    hidden = {name: os.environ.pop(name) for name in (_SWEEP, _RUN) if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def has_key() -> bool:
+    set_up_wandb()
+    import wandb
+
+    try:
+        return wandb.login(prompt=False, verify=False)  # to verify it would be to wait for the server
+    except wandb.errors.AuthenticationError:
+        return True  # a malformed one, which wandb.init refuses and says why
+
+
+def wandb_mode(
+    wanted: Literal["auto", "online", "offline", "disabled"], has_key: Callable[[], bool] = lambda: False
+) -> Mode | None:
+    """How to record; None is not at all. ``auto`` is what WANDB_MODE says, else online where there is a key."""
+    wish = os.environ.get("WANDB_MODE", "auto") if wanted == "auto" else wanted
+    if wish == "disabled":
+        return None
+    if wish in ("online", "offline"):
+        return cast(Mode, wish)
+    return "online" if has_key() else "offline"
+
+
+class Probe(threading.Thread):
+    """Asks whether anything answers where W&B's server should be, while the training goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(name="wandb-probe", daemon=True)  # no reason for an interpreter to stay
+        settings = set_up_wandb()
+        self.url: str = settings.base_url
+        own = {"http": settings.http_proxy, "https": settings.https_proxy}
+        proxies = urllib.request.getproxies() | {scheme: proxy for scheme, proxy in own.items() if proxy}
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+        self._has_answer = False
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._opener.open(urllib.request.Request(self.url, method="HEAD"), timeout=PROBE_SECONDS).close()
+            self._has_answer = True
+        except urllib.error.HTTPError as error:  # any status is an answer
+            error.close()
+            self._has_answer = True
+        except urllib.error.URLError as error:
+            # W&B may know certificates that Python does not
+            self._has_answer = isinstance(error.reason, ssl.SSLCertVerificationError)
+        except (OSError, http.client.HTTPException):
+            pass
+
+    def finds_server(self) -> bool:
+        self.join(PROBE_SECONDS)  # the timeout above is none for finding the server's address
+        return self._has_answer
