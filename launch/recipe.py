@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_calibration, open_loaders, prepare
 from netslim.launch.artefacts import (
@@ -28,6 +27,7 @@ from netslim.launch.artefacts import (
     occupied,
     passes_to,
     read_stage,
+    stage_directories,
     stage_directory,
     write_json,
     write_stage,
@@ -37,7 +37,8 @@ from netslim.launch.config import RunConfig, Start, fixed_fields, parse, run_dir
 from netslim.launch.inspection import INSPECTION, describe_gammas, try_ratio
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
-from netslim.launch.report import write_results
+from netslim.launch.report import read_rows, write_results
+from netslim.launch.summary import accuracies, channel_rows, dataset, done_line, flat, latencies, stage_artefact
 from netslim.prune import (
     Calibration,
     ChannelMap,
@@ -71,6 +72,8 @@ from netslim.train import (
     travel,
 )
 from netslim.train.models import build_network, initialise, is_own
+from netslim.train.pace import Leg, Pace
+from netslim.train.wandb_content import Lineage, Picture
 
 T = TypeVar("T")
 STAGES = ("sparsify", "prune", "repair", "finetune")
@@ -95,8 +98,10 @@ class Job:
         return replace(calibrate(self, shard), sum_over_ranks=self.run.sum_over_ranks, show=self.show)
 
     def show(self, items: Collection[T], what: str) -> Iterable[T]:
-        """The items behind a progress bar, on a terminal."""
-        return tqdm(items, desc=what, leave=False, disable=None if self.run.is_main else True)
+        """The items behind a progress bar, or with a line now and then."""
+        stage, seconds = self.run.place, self.config.record.progress_seconds
+        pace = Pace(stage, lambda line: print(f"{stage}: {line}"), is_main=self.run.is_main, seconds=seconds)
+        return pace.follow(items, Leg(what=what, total=len(items)))
 
     def scores(self, turn: Pass, sparse: nn.Module, channels: ChannelMap) -> dict[str, torch.Tensor]:
         """What the channels of a sparse model are worth: found once for all ratios that are cut from it."""
@@ -184,14 +189,19 @@ def sparsify(job: Job, turn: Pass) -> None:
     model, plan = (dense, None) if turn.number == 1 else read_slim(job, turn.before)
     gammas, says = open_gammas(dense, channels, rules, model), channels.summary(rules.coupling)
     row = {"stage": "sparse", "ratio": turn.before.share}
-    train(job, model, job.config.sparsify, directory, row, plan=plan, gammas=gammas, says=says)
+    source = None if plan is None else slim_directory(job, turn.before)
+    train(job, model, job.config.sparsify, directory, row, plan=plan, source=source, gammas=gammas, says=says)
 
 
 def read_slim(job: Job, turn: Pass) -> tuple[nn.Module, Plan]:
     """The network that a pass left, repaired where there is a repair, and its plan."""
-    last = "repair" if job.config.repair.steps else "prune"
-    directory = job.path(last, turn)
-    return job.read(directory, last), read_plan(directory)
+    directory = slim_directory(job, turn)
+    return job.read(directory, directory.name.split("-")[0]), read_plan(directory)
+
+
+def slim_directory(job: Job, turn: Pass) -> Path:
+    """Where a pass left its network."""
+    return job.path("repair" if job.config.repair.steps else "prune", turn)
 
 
 def read_plan(directory: Path) -> Plan:
@@ -248,7 +258,10 @@ def prune(job: Job, turn: Pass) -> None:
             f"{plan.num_removed} of {plan.num_channels} channels removed ({plan.rules or 'no rules'}), "
             f"accuracy {evaluation.accuracy:.4f}, cut and masked network differ by {difference:.1e}"
         )
-        record.finish(finish(job, small, plan, directory, metrics, started))
+        complete = finish(job, small, plan, directory, metrics, started)
+        rows, gammas = channel_rows(plan), channels.named_gammas(sparse, job.config.prune.coupling)
+        pictures = picture_cut(rows, list(gammas.values()), plan)
+        conclude(job, record, directory, complete, [job.path("sparsify", turn)], {"channels": rows}, pictures)
 
 
 def restore(job: Job, turn: Pass) -> None:
@@ -276,7 +289,8 @@ def restore(job: Job, turn: Pass) -> None:
     }
     with open_record(job, directory, metrics) as record:
         record.say(f"{outcome}, in {seconds:.1f} s, accuracy {evaluation.accuracy:.4f}")
-        record.finish(finish(job, repaired, plan, directory, metrics, started))
+        complete = finish(job, repaired, plan, directory, metrics, started)
+        conclude(job, record, directory, complete, [job.path("sparsify", turn), source])
 
 
 def calibrate(job: Job, shard: Shard) -> Calibration:
@@ -363,13 +377,13 @@ def finetune(job: Job, ratio: float, start: Start) -> None:
     if job.is_done(directory):
         return
     if start == "slim":
-        small, plan = read_slim(job, Pass(ratio))
+        source, (small, plan) = slim_directory(job, Pass(ratio)), read_slim(job, Pass(ratio))
     else:
-        small, plan = job.read(cut_directory, "prune"), read_plan(cut_directory)
+        source, small, plan = cut_directory, job.read(cut_directory, "prune"), read_plan(cut_directory)
     if start == "scratch":
         initialise(small, job.config.model, job.config.seed)
     row = {"stage": {"slim": "finetuned", "cut": "finetuned_cut", "scratch": "scratch"}[start], "ratio": ratio}
-    train(job, small, job.config.finetune, directory, row, plan=plan)
+    train(job, small, job.config.finetune, directory, row, plan=plan, source=source)
 
 
 def train(
@@ -380,10 +394,14 @@ def train(
     row: dict[str, Any],
     *,
     plan: Plan | None,
+    source: Path | None = None,
     gammas: Sequence[nn.Parameter] = (),
     says: str = "",
 ) -> None:
-    """Fit the model and leave the artefact; with ``gammas`` it is sparsity training. First, the record ``says``."""
+    """Fit the model that came from a stage's directory, if any, and leave the artefact; first, the record ``says``.
+
+    With ``gammas`` it is sparsity training.
+    """
     started = time.perf_counter()
     store = Store(directory / "checkpoints", job.config.checkpoint.keep)
     about = {**row, "preset": job.preset, "plan": None if plan is None else plan.digest}
@@ -404,18 +422,68 @@ def train(
             sparsity=job.config.sparsity if gammas else None,
             saver=saver,
         )
-        record.finish(finish(job, model, plan, directory, {**row, **fitted}, started))
+        complete = finish(job, model, plan, directory, {**row, **fitted}, started)
+        conclude(job, record, directory, complete, [] if source is None else [source])
 
 
 def open_record(job: Job, directory: Path, row: dict[str, Any]) -> Record:
+    """The record of a stage; what W&B calls its config has the same names in every stage and every run."""
+    about = {
+        "preset": job.preset,
+        "world_size": job.run.world_size,
+        "stage": row["stage"],
+        "ratio": row["ratio"],
+        "lambda": job.config.sparsity.weight,
+    }
     return Record(
         directory.name,
         directory,
         is_main=job.run.is_main,
         config=job.config.record,
         run_name=job.directory.name,
-        settings={"preset": job.preset, "world_size": job.run.world_size, **to_dict(job.config), **row},
+        settings=flat({**to_dict(job.config), **about}),
+        is_last=directory == stage_directories(job.directory, STAGES, job.config)[-1],
     )
+
+
+def picture_cut(rows: Sequence[dict[str, Any]], gammas: Sequence[torch.Tensor], plan: Plan) -> dict[str, Picture]:
+    """What a cut leaves of each layer, and where its threshold lies among the scales of the sparse network."""
+
+    def channels() -> bytes:
+        from netslim.launch.pictures import draw_channels  # here: matplotlib is imported only to draw
+
+        return draw_channels(rows)
+
+    def density() -> bytes:
+        from netslim.launch.pictures import draw_density
+
+        every = torch.cat([gamma.detach().abs().float().cpu() for gamma in gammas])
+        return draw_density(every, plan.threshold if plan.rules.score == "gamma" else None)
+
+    return {"channels_by_layer": channels, "gamma_density": density}
+
+
+def conclude(
+    job: Job,
+    record: Record,
+    directory: Path,
+    metrics: dict[str, Any],
+    sources: Sequence[Path],
+    tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+    pictures: Mapping[str, Picture] | None = None,
+) -> None:
+    """Say how a stage ended; in W&B also what the stages before it came to, and the artefacts it was made from."""
+    record.say(done_line(metrics))
+    if record.wandb_id is None:
+        return
+    known = accuracies(read_rows(job.directory), metrics["ratio"])
+    about = {"lambda": job.config.sparsity.weight, "world_size": job.run.world_size}
+    lineage = None
+    if job.config.record.artifacts:
+        name, images = job.directory.name, dataset(job.config.data, job.loaders.info)
+        used = (images, *(stage_artefact(source, name) for source in sources))
+        lineage = Lineage(made=stage_artefact(directory, name), used=used)
+    record.finish({**metrics, **known, **about}, tables=tables, pictures=pictures, lineage=lineage)
 
 
 def finish(
@@ -425,13 +493,9 @@ def finish(
 
     def write() -> dict[str, Any]:
         price = cost(model, blank_image(job))
-        seconds = time.perf_counter() - started
+        spent = {"seconds": time.perf_counter() - started, **latencies(model, blank_image(job))}
         complete = write_stage(
-            directory,
-            model,
-            plan,
-            job.config,
-            {**metrics, "params": price.params, "macs": price.macs, "seconds": seconds},
+            directory, model, plan, job.config, {**metrics, "params": price.params, "macs": price.macs, **spent}
         )
         write_results(
             job.directory,
