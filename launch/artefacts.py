@@ -17,6 +17,10 @@ from netslim.prune.artefact import replace_all
 METRICS = "metrics.json"
 PREEMPTED_MARK = "preempted"
 """In a run's directory: a signal stopped it after a checkpoint. Exit codes do not pass through every launcher."""
+STOP_MARK = "stop"
+"""In a run's directory: where a batch script says that the run is to save and end."""
+FAILED_MARK = "failed"
+"""In a run's directory: why the last attempt ended, in one line, where nobody is there to read it from a terminal."""
 STARTS: dict[Start, str] = {"slim": "finetune", "cut": "finetune-cut", "scratch": "scratch"}
 """The stage that trains from each start."""
 _LARGEST_JSON = 1 << 24  # bytes; a configuration has two thousand
@@ -163,7 +167,8 @@ def claim(directory: Path, preset: str, config: RunConfig) -> None:
                 "Use the same values, another --run-dir, or delete the directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / PREEMPTED_MARK).unlink(missing_ok=True)
+    for mark in (PREEMPTED_MARK, FAILED_MARK):
+        (directory / mark).unlink(missing_ok=True)
     write_json(path, values)
 
 

@@ -25,6 +25,7 @@ from netslim.launch.mistakes import LOST_RANK, end_at_once, guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
 from netslim.launch.recipe import stages_of, start
 from netslim.launch.report import format_table, read_rows
+from netslim.launch.submit import submit_run
 from netslim.train import check_devices, check_model, num_gpus
 
 COMMANDS = {
@@ -33,6 +34,7 @@ COMMANDS = {
     "prune": "cut the run's sparse model by the global threshold, at each ratio",
     "repair": "restore the run's cut models, with no training step",
     "finetune": "fine-tune the run's repaired models",
+    "submit": "all stages as a batch job of SLURM",
     "inspect": "which channels can go, and why the others stay; of a run directory also what its sparse model bears",
     "data": "write the images of a preset as .beton files",
     "export": "write a run's slim model as ONNX, pt2 or stand-alone weights",
@@ -56,8 +58,8 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=2, cutoff=0.3) or list(COMMANDS)
         raise ValueError(f"no command is called {command!r}; the nearest are {', '.join(nearest)}")
-    if command == "export":
-        return export_run(rest, COMMANDS[command])
+    if command in ("export", "submit"):
+        return {"export": export_run, "submit": submit_run}[command](rest, COMMANDS[command])
     if not rest or rest[0] in ("-h", "--help"):
         print(f"usage: netslim {command} PRESET [flags]\n\n{COMMANDS[command]}\n\n{list_presets()}")
         return 0

@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -38,14 +40,19 @@ def launch(
     are divided among the processes.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_processes)))
-    launcher_arguments = [
-        *(("--use_deepspeed", "--zero_stage", str(zero)) if zero else ("--multi_gpu",)),
-        *("--num_processes", str(num_processes), "--num_machines", "1"),
-        *("--main_process_port", "0"),  # a free one
-        # the launcher would print a line about each that is not given
-        *("--mixed_precision", precision, "--dynamo_backend", "no"),
-        *("--module", module, *arguments),
-    ]
+    command = ["--module", module, *arguments]
+
+    def start_all() -> None:
+        if num_processes == 1 and not zero:  # which Accelerate starts with nothing that watches it
+            parsed = torchrun.get_args_parser().parse_args(["--standalone", "--nproc-per-node", "1", *command])
+            start: Callable[[Any], None] = torchrun.run
+        else:
+            flags = launcher_flags(num_processes=num_processes, num_machines=1, zero=zero, precision=precision)
+            port = ("--main_process_port", "0")  # a free one
+            parsed, start = launch_command_parser().parse_args([*flags, *port, *command]), launch_command
+        parsed.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # for which Accelerate has no flag
+        start(parsed)
+
     # The launcher reports a failed process with a traceback of its own, after the process has said what is wrong.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[_LAUNCHER] = str(os.getpid())
@@ -53,21 +60,26 @@ def launch(
     # its store would give the new processes the addresses of the dead ones.
     for _ in range(max_restarts):
         try:
-            code = _launch_once(launcher_arguments, stage, was_preempted)
+            code = _launch_once(start_all, stage, was_preempted)
             if code in (0, MISTAKE, PREEMPTED) or code > 128:
                 return code
         except LostRankError as error:
             print(f"netslim: {error}", file=sys.stderr)
         print("netslim: all processes are started again, and go on from the last checkpoint", file=sys.stderr)
-    return _launch_once(launcher_arguments, stage, was_preempted)
+    return _launch_once(start_all, stage, was_preempted)
 
 
-def _launch_once(arguments: Sequence[str], stage: Callable[[], str], was_preempted: Callable[[], bool]) -> int:
+def launcher_flags(*, num_processes: int, num_machines: int, zero: int, precision: str) -> list[str]:
+    """What `accelerate launch` is told about the processes, ``num_processes`` of them over all machines."""
+    kind = ("--use_deepspeed", "--zero_stage", str(zero)) if zero else ("--multi_gpu",) * (num_processes > 1)
+    count = ("--num_processes", str(num_processes), "--num_machines", str(num_machines))
+    # the launcher would print a line about each that is not given
+    return [*kind, *count, "--mixed_precision", precision, "--dynamo_backend", "no"]
+
+
+def _launch_once(start_all: Callable[[], None], stage: Callable[[], str], was_preempted: Callable[[], bool]) -> int:
     try:
-        parsed = launch_command_parser().parse_args(arguments)
-        # torchrun has a flag for it, Accelerate none
-        parsed.signals_to_handle = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-        launch_command(parsed)
+        start_all()
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         if max(codes) > 0:

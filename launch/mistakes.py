@@ -31,7 +31,10 @@ def guarded(body: Callable[[], int | None]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"netslim: {reason}; the same command goes on from there", file=sys.stderr, flush=True)
         # a launcher that may restart takes every other code for a failure, and would
-        return 0 if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" else PREEMPTED
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            return 0
+        # a batch script, which looks for the mark in the run's directory, spares its log the launcher's traceback
+        return int(os.environ.get("NETSLIM_PREEMPTED_CODE", PREEMPTED))
     except (ValueError, FloatingPointError, OSError) as error:
         if not _is_mistake(error):
             raise

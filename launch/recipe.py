@@ -518,29 +518,50 @@ def blank_image(job: Job) -> torch.Tensor:
 
 def start(preset: str, config: RunConfig, stages: Sequence[str] = STAGES) -> None:
     """Join the process group, open the images and run the stages; every rank of a run calls this."""
-    if config.cpu:
+    start_each(preset, [(config, stages)])
+
+
+def start_each(preset: str, runs: Sequence[tuple[RunConfig, Sequence[str]]]) -> None:
+    """Several runs one after the other, each with its stages, in one process group and on images opened once.
+
+    They differ in what is trained and cut alone: images, engine and seed are the first one's.
+    """
+    first, _ = runs[0]
+    if first.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "1"
-    info = prepare_once_per_node(config)
-    run = Runtime(config.engine, config.seed)
+    info = prepare_once_per_node(first)
+    run = Runtime(first.engine, first.seed)
+    loaders: Loaders | None = None
     try:
-        with run.watching(), ExitStack() as stack:
-            job = open_job(preset, config, info, run)
-            run.on_main(lambda: stack.enter_context(occupied(job.directory)))
+        with run.watching():
+            for config, stages in runs:
+                loaders = run_one(preset, config, stages, info, run, loaders)
+    finally:
+        run.close()
+
+
+def run_one(
+    preset: str, config: RunConfig, stages: Sequence[str], info: DataInfo, run: Runtime, loaders: Loaders | None
+) -> Loaders:
+    """Run the stages in a directory that no other run is using; returns the loaders, for the next."""
+    try:
+        with ExitStack() as held:
+            job = open_job(preset, config, info, run, loaders)
+            run.on_main(lambda: held.enter_context(occupied(job.directory)))
             run_recipe(job, stages)
     except Preempted:
         if run.is_main:
             (run_directory(preset, config) / PREEMPTED_MARK).touch()
         raise
-    finally:
-        run.close()
+    return job.loaders
 
 
-def open_job(preset: str, config: RunConfig, info: DataInfo, run: Runtime) -> Job:
-    """Claim the run's directory and open this rank's share of the images."""
+def open_job(preset: str, config: RunConfig, info: DataInfo, run: Runtime, loaders: Loaders | None = None) -> Job:
+    """Claim the run's directory and open this rank's share of the images, where no run before has opened it."""
     check_batch_size(config.data.batch_size, run.world_size, config.engine.accumulation)  # before anything is written
     directory = run_directory(preset, config)
     run.on_main(lambda: claim(directory, preset, config))
-    loaders = open_loaders(
+    loaders = loaders or open_loaders(
         config.data,
         info,
         Shard(run.rank, run.world_size),

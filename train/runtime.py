@@ -310,8 +310,12 @@ class Runtime:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this process was told to stop, by SIGTERM or SIGUSR1."""
-        return self._stop.is_set()
+        """Whether this process was told to stop: by SIGTERM or SIGUSR1, or rank 0 by the file NETSLIM_STOP_FILE.
+
+        By the file a batch script reaches the ranks alone, and not all the processes that they have started.
+        """
+        file = os.environ.get("NETSLIM_STOP_FILE") if self.is_main else None
+        return self._stop.is_set() or (file is not None and os.path.exists(file))
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run on rank 0 alone; every rank returns what it returned, or raises what it raised."""
