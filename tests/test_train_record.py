@@ -2,19 +2,17 @@
 
 import json
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
+from stand_in import account, server, wandb_history, wandb_records, wandb_runs, wandb_steps
 from test_train_distributed import Shares, network, new_runtime
 from test_train_resume import CrashError, Dying
 from torch import nn
-from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from netslim.train import (
     CheckpointConfig,
@@ -28,7 +26,6 @@ from netslim.train import (
     wandb_run,
     wandb_server,
 )
-from netslim.train.wandb_run import WandbRun
 from netslim.train.wandb_server import Probe, wandb_mode
 
 METRICS = {"epoch": 1, "train_loss": 0.5, "accuracy": 0.9, "images_per_second": 10.0}
@@ -43,59 +40,17 @@ def epochs(first: int, last: int) -> list[dict[str, Any]]:
     return [{**METRICS, "epoch": epoch, "train_loss": 1 / epoch} for epoch in range(first, last + 1)]
 
 
-def wandb_runs(directory: Path) -> list[Path]:
-    """The directories of W&B runs, the oldest first, and complete."""
-    wandb.teardown()  # as at exit: it waits for the process that writes them
-    return sorted((directory / "wandb").glob("*run-*-*"), key=lambda path: path.stat().st_mtime_ns)
-
-
-def wandb_records(run: Path) -> list[WandbRecord]:
-    """What W&B left on disk: after 7 bytes, blocks of 32 KiB with pieces of records (LevelDB's log format)."""
-    (path,) = run.glob("*.wandb")
-    data, at, piece, found = path.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        if 0 < (left_in_block := -at % 32768) < 7:  # too short for a header: padding
-            at += left_in_block
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        piece += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            found.append(WandbRecord.FromString(piece))
-            piece = b""
-    return found
-
-
-def wandb_history(run: Path) -> list[dict[str, Any]]:
-    """The numbers that were logged, by line, and the step of each line."""
-    found = []
-    for record in wandb_records(run):
-        if record.HasField("history"):
-            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            found.append({key: value for key, value in items.items() if not key.startswith(("_", "gamma/"))})
-            found[-1]["step"] = record.history.step.num
-    return found
-
-
-def with_steps(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**line, "step": line["epoch"]} for line in metrics]
+def assert_logged(run: Path, metrics: list[dict[str, Any]]) -> None:
+    """The run holds these epochs, each once, numbered by the epoch."""
+    assert wandb_history(run) == metrics
+    assert wandb_steps(run) == [line["epoch"] for line in metrics]
 
 
 @pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+def address(tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """Gives W&B a key, and a server at the address that the test names; afterwards W&B forgets both."""
-    monkeypatch.setattr(WandbRun, "stays_offline", False)
-    for name in ("WANDB_MODE", "WANDB_SERVICE", "http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {
-        "WANDB_API_KEY": "a" * 40,
-        "WANDB_ERROR_REPORTING": "false",
-        "WANDB_CONFIG_DIR": str(tmp_path / "home"),
-        "NETRC": str(tmp_path / "home" / "netrc"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield lambda url: monkeypatch.setenv("WANDB_BASE_URL", url)
-    wandb.teardown()
+    with account(tmp_path / "home") as set_address:
+        yield set_address
 
 
 @contextmanager
@@ -113,51 +68,6 @@ def listener(*, reads: bool) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
         for caller in callers:
             caller.close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """As much of W&B's server as a run needs to start; ``server.status`` is its answer to everything else."""
-
-    def do_HEAD(self) -> None:
-        self.send_response(self.server.status)  # type: ignore[attr-defined]
-        self.end_headers()
-
-    def do_POST(self) -> None:
-        query = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
-        if not self.server.is_alive.is_set():  # type: ignore[attr-defined]
-            self.server.is_over.wait()  # type: ignore[attr-defined]
-            return
-        name = query.get("variables", {}).get("name")
-        project = {"id": "1", "name": "netslim", "entity": {"id": "1", "name": "someone"}}
-        bucket = {"id": "1", "name": name, "displayName": name, "config": "{}", "project": project}
-        answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """Callers that hang up are no news."""
-
-
-@contextmanager
-def server(status: int = 200) -> Iterator[Any]:
-    """A server that is alive until ``is_alive`` is cleared: from then on it says nothing."""
-    with Server(("127.0.0.1", 0), Handler) as found:
-        found.status, found.is_alive, found.is_over = status, threading.Event(), threading.Event()  # type: ignore[attr-defined]
-        found.url = f"http://127.0.0.1:{found.server_port}"  # type: ignore[attr-defined]
-        found.is_alive.set()  # type: ignore[attr-defined]
-        thread = threading.Thread(target=found.serve_forever, daemon=True)
-        thread.start()
-        yield found
-        found.is_over.set()  # type: ignore[attr-defined]
-        found.shutdown()
 
 
 def test_every_epoch_is_on_disk_as_soon_as_it_ended(tmp_path: Path) -> None:
@@ -245,7 +155,7 @@ def test_without_an_answer_everything_is_recorded_offline(
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
     for stage, run in zip(("sparse", "finetune-0.50"), wandb_runs(tmp_path), strict=True):
         assert lines(tmp_path / stage / "metrics.jsonl") == epochs(1, 3)
-        assert wandb_history(run) == with_steps(epochs(1, 3))
+        assert_logged(run, epochs(1, 3))
         assert wandb_records(run)[-1].HasField("exit")
 
 
@@ -262,7 +172,7 @@ def test_online_without_a_key_asks_for_none(
             record.epoch(METRICS, nn.Identity())
     assert "W&B finds no key" in capfd.readouterr().err
     (run,) = wandb_runs(tmp_path)
-    assert wandb_history(run) == with_steps([METRICS])
+    assert_logged(run, [METRICS])
 
 
 @pytest.mark.parametrize("status", [200, 404, 503])
@@ -331,7 +241,7 @@ def test_a_server_that_starts_no_run_is_waited_for_once(
     assert "W&B could not start online" in warning
     for run in wandb_runs(tmp_path)[-2:]:
         assert run.name.startswith("offline-run-")
-        assert wandb_history(run) == with_steps([METRICS])
+        assert_logged(run, [METRICS])
 
 
 @pytest.mark.parametrize(
@@ -381,8 +291,8 @@ def test_a_run_that_goes_on_keeps_its_wandb_run_and_has_each_epoch_once(
         assert record.wandb_id == identity
     first, second = wandb_runs(tmp_path)
     assert {record.run.run_id for run in (first, second) for record in wandb_records(run)} == {identity, ""}
-    assert wandb_history(first) == with_steps(epochs(1, 3))
-    assert wandb_history(second) == with_steps(epochs(1, 4)), "whole by itself"
+    assert_logged(first, epochs(1, 3))
+    assert_logged(second, epochs(1, 4))
     assert lines(tmp_path / "sparse" / "metrics.jsonl") == epochs(1, 4)
 
 
