@@ -174,6 +174,8 @@ class Server(ThreadingHTTPServer):
         self.refusals: dict[str, tuple[int, str]] = {}
         """By the name of a query: the status and the words with which it is refused."""
         self.answers = {
+            "Viewer": lambda _: {"viewer": {"id": "1", "entity": "someone", "username": "someone", "flags": "{}"}},
+            "GetDefaultEntity": lambda _: {"viewer": {"id": "1", "entity": "someone"}},
             "UpsertBucket": self._take_run,
             "CreateRunFiles": self._take_files,
             "CreateArtifact": _take_artifact,

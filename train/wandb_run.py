@@ -141,7 +141,7 @@ class WandbRun:
                 try:
                     run = self._init("online")
                 except wandb.errors.Error as error:
-                    trouble = f"W&B could not start online {self._place()} ({_first_line(error)})"
+                    trouble = self._refused(_first_line(error))
                     self.id = secrets.token_hex(4)  # W&B holds the other one until the process ends
         WandbRun.stays_offline |= trouble is not None
         if run is None:
@@ -164,13 +164,13 @@ class WandbRun:
             return f"W&B does not answer at {self._probe.url}"
         return None
 
-    def _place(self) -> str:
-        """Where the run should have been, and what to do where the key may not write there."""
+    def _refused(self, reason: str) -> str:
+        """That no run came to be where it should have, and what to do if that place is another's."""
         if self._entity is None:
-            return f"in project {self._project}"
+            return f"W&B could not start online in project {self._project} ({reason})"
         return (
-            f"in {self._entity}/{self._project} (if that is not yours, name another --record.entity, now or as `wandb "
-            "sync --entity`)"
+            f"W&B could not start online in {self._entity}/{self._project} ({reason}); if your key may not write there, "
+            "name another --record.entity, and for what is recorded now `wandb sync --entity`"
         )
 
     def _init(self, mode: Mode) -> Any:
