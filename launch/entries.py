@@ -1,0 +1,292 @@
+"""What run directories say, side by side: a row for each run and ratio, and the sparse models before the cuts."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from netslim.launch.artefacts import (
+    METRICS,
+    PREEMPTED_MARK,
+    STARTS,
+    Pass,
+    passes_to,
+    read_config,
+    read_json,
+    stage_directory,
+)
+from netslim.launch.config import RunConfig, fixed_fields, to_dict
+from netslim.launch.report import STAGES, Stage, printable, read_rows
+
+SWEEP, RESULTS, FAILED_MARK = "sweep.json", "results.json", "failed"
+_LONGEST_REASON = 200  # characters
+_TRAINED: dict[str, Stage] = {"slim": "finetuned", "cut": "finetuned_cut", "scratch": "scratch"}
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """What a network was trained for: accuracies can be compared where the data sets are the same."""
+
+    data: str
+    network: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A run at one of its ratios; None is not measured, or not known."""
+
+    run: str
+    path: Path
+    state: str
+    """done; waiting; or incomplete, failed or damaged, a colon, and what is missing or why."""
+    task: Task | None = None
+    weight: float | None = None
+    seed: int | None = None
+    ratio: float | None = None
+    recipe: str = ""
+    """All else that made it: rows that differ in nothing but the seed are the same candidate."""
+    accuracy: dict[Stage, float | None] = field(default_factory=dict)
+    params: int | None = None
+    macs: int | None = None
+    file_mb: float | None = None
+    seconds: float | None = None
+    """Of all its stages together, sparsity training included."""
+    config: RunConfig | None = None
+
+    @property
+    def finetuned(self) -> float | None:
+        return self.accuracy.get("finetuned")
+
+    def stage(self, name: str) -> Path:
+        """Where the last pass of a stage left its artefact."""
+        assert self.ratio is not None, "only of a damaged or waiting run is it unknown"
+        return stage_directory(self.path, name, Pass(self.ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse:
+    """A run's model after sparsity training and before any cut."""
+
+    run: str
+    path: Path
+    """Of the stage's directory, links resolved: runs of a sweep may share it."""
+    task: Task
+    weight: float
+    seed: int
+    accuracy: float | None
+    params: int | None
+    macs: int | None
+    file_mb: float | None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All that the directories say."""
+
+    entries: list[Entry]
+    sparse: list[Sparse]
+    configs: list[tuple[str, RunConfig]]
+    """By the names of the run directories."""
+    warnings: list[str]
+    """One line each: what is damaged."""
+
+
+@checked_dataclass(frozen=True)
+class _Member:
+    """A run directory, and what the sweep knows of it before it is there."""
+
+    name: str
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    seed: int | None = None
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: Path
+    member: _Member
+    is_of_sweep: bool
+    name: str = ""
+
+
+def gather(paths: Sequence[Path]) -> Gathered:
+    """Read run directories and sweeps; what is wrong within a run becomes its state and a warning.
+
+    Raises ValueError or FileNotFoundError for a path that is neither, or is named twice, and for a damaged sweep.json.
+    """
+    found = Gathered([], [], [], [])
+    for place in _named([place for path in paths for place in _places(path)]):
+        try:
+            _read(place, found)
+        except ValueError as error:
+            file = next((name for name in ("config.json", RESULTS) if f"/{name} " in str(error)), "a file")
+            found.warnings.append(printable(f"{place.name} is left out: {error}"))
+            found.entries.append(_bare(place, f"damaged: {file}"))
+        except OSError as error:
+            found.warnings.append(printable(f"{place.name} is left out: {error.filename}: {error.strerror}"))
+            found.entries.append(_bare(place, f"damaged: {Path(error.filename or '').name} ({error.strerror})"))
+    shared = {sparse.path: sparse for sparse in reversed(found.sparse)}
+    return dataclasses.replace(found, sparse=list(reversed(shared.values())))
+
+
+def _places(path: Path) -> Iterator[_Place]:
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no directory {path}; name run directories, as runs/digits, or a sweep's")
+    if (path / SWEEP).is_file():
+        for member in _members(path / SWEEP):
+            yield _Place(path / member.name, member, is_of_sweep=True)
+    elif any((path / name).is_file() for name in ("config.json", RESULTS)):
+        yield _Place(path, _Member(path.resolve().name), is_of_sweep=False)
+    else:
+        raise ValueError(f"{path} is neither a run (no config.json) nor a sweep (no {SWEEP}); name one, as runs/digits")
+
+
+def _members(path: Path) -> list[_Member]:
+    try:
+        members = TypeAdapter(list[_Member]).validate_python(read_json(path).get("members"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, ("members", *first["loc"])))
+        raise ValueError(f"{path} is damaged ({place}: {first['msg']}); start the sweep again") from None
+    for member in members:
+        if Path(member.name).name != member.name:
+            raise ValueError(f"{path} names the run {member.name!r}, which is no directory in it; correct the name")
+    return members
+
+
+def _named(places: Sequence[_Place]) -> list[_Place]:
+    """Give each place the name of its directory, or its whole path where two directories share that."""
+    for path, count in Counter(place.path.resolve() for place in places).items():
+        if count > 1:
+            raise ValueError(f"{path} is given {count} times; name each run once")
+    counts = Counter(place.member.name for place in places)
+    return [
+        dataclasses.replace(place, name=name if counts[name] == 1 else str(place.path))
+        for place in places
+        for name in [place.member.name]
+    ]
+
+
+def _bare(place: _Place, state: str) -> Entry:
+    member = place.member
+    return Entry(
+        run=place.name, path=place.path, state=state, weight=member.weight, seed=member.seed, ratio=member.ratio
+    )
+
+
+def _read(place: _Place, found: Gathered) -> None:
+    """Add what one run directory says."""
+    is_sparse_only = place.is_of_sweep and place.member.ratio is None
+    trouble = _trouble(place.path)
+    if not (place.path / "config.json").is_file():
+        if (place.path / RESULTS).is_file():
+            raise ValueError(f"{place.path}/config.json is missing; it says how the run was made")
+        if not is_sparse_only or trouble:
+            found.entries.append(_bare(place, trouble or "waiting"))
+        return
+    config = read_config(place.path / "config.json")
+    rows = _results(place.path)
+    found.configs.append((place.path.resolve().name, config))
+    found.sparse.extend(_sparse_of(place, config, rows))
+    ratios = [] if is_sparse_only else _ratios(place, config, rows)
+    found.entries.extend(_entry(place, config, rows, ratio, trouble) for ratio in ratios)
+    if is_sparse_only and trouble:
+        found.entries.append(dataclasses.replace(_bare(place, trouble), task=task_of(config), config=config))
+
+
+def _trouble(path: Path) -> str:
+    """Why a run is not complete, where it left word of that."""
+    if (path / FAILED_MARK).is_file():
+        with (path / FAILED_MARK).open(encoding="utf-8", errors="replace") as file:
+            reason = file.readline(_LONGEST_REASON).strip()
+        return f"failed: {printable(reason) or 'it does not say why'}"
+    return "incomplete: preempted" if (path / PREEMPTED_MARK).exists() else ""
+
+
+def _results(path: Path) -> list[dict[str, Any]]:
+    if (path / RESULTS).is_file():
+        return read_rows(path)
+    finished = next(path.glob(f"*/{METRICS}"), None)
+    if finished is not None:
+        raise ValueError(f"{path / RESULTS} is missing, and {finished.parent.name} is complete; run it again")
+    return []
+
+
+def task_of(config: RunConfig) -> Task:
+    """The data set and the network of a run, in words."""
+    data, model = config.data, config.model
+    root = "" if data.root is None else f" in {data.root}"
+    width = "" if model.width == 1 else f", width {model.width:g}"
+    return Task(f"{data.source}{root}, {data.size}x{data.size}", f"{model.name}{width}")
+
+
+def _sparse_of(place: _Place, config: RunConfig, rows: Sequence[dict[str, Any]]) -> list[Sparse]:
+    return [
+        Sparse(
+            run=place.name,
+            path=stage_directory(place.path, "sparsify").resolve(),
+            task=task_of(config),
+            weight=config.sparsity.weight,
+            seed=config.seed,
+            **{key: row[key] for key in ("accuracy", "params", "macs", "file_mb")},
+        )
+        for row in rows
+        if row["stage"] == "sparse" and row["ratio"] == 0
+    ]
+
+
+def _ratios(place: _Place, config: RunConfig, rows: Sequence[dict[str, Any]]) -> list[float]:
+    """The ratios that a run has, or is to have; not those at which one pass ends and the next begins."""
+    if place.member.ratio is not None:
+        return [place.member.ratio]
+    made = {
+        row["ratio"]
+        for row in rows
+        if row["stage"] in _TRAINED.values()
+        or (row["stage"] != "sparse" and stage_directory(place.path, "prune", Pass(row["ratio"])).is_dir())
+    }
+    return sorted({*made, *config.prune.ratio})
+
+
+def _entry(place: _Place, config: RunConfig, rows: Sequence[dict[str, Any]], ratio: float, trouble: str) -> Entry:
+    turns = [0.0, *(turn.share for turn in passes_to(ratio, config.prune.passes))]
+    own = [row for row in rows if row["ratio"] in turns]
+    stages: dict[Stage, dict[str, Any]] = {row["stage"]: row for row in own if row["ratio"] == ratio}
+    first = next((row for row in own if row["stage"] == "sparse" and row["ratio"] == 0), None)
+    slim = next((stages[stage] for stage in reversed(STAGES) if stage != "sparse" and stage in stages), {})
+    seconds = [row["seconds"] for row in own]
+    stages |= {} if first is None else {"sparse": first}
+    return Entry(
+        run=place.name,
+        path=place.path,
+        state=_state(config, set(stages), trouble),
+        task=task_of(config),
+        weight=config.sparsity.weight,
+        seed=config.seed,
+        ratio=ratio,
+        recipe=json.dumps({**fixed_fields(to_dict(config)), "seed": None}, sort_keys=True),
+        accuracy={stage: row["accuracy"] for stage, row in stages.items()},
+        **{key: slim.get(key) for key in ("params", "macs", "file_mb")},
+        seconds=sum(seconds) if seconds and None not in seconds else None,
+        config=config,
+    )
+
+
+def _state(config: RunConfig, stages: set[Stage], trouble: str) -> str:
+    """Say done where all the run's stages are there, whatever it left word of before; else what is missing."""
+    wanted = {"sparse": "sparse", "cut": "prune", "repaired": "repair"}
+    wanted |= {_TRAINED[start]: STARTS[start] for start in config.finetune.start}
+    if not config.repair.steps:
+        del wanted["repaired"]
+    missing = ", ".join(directory for stage, directory in wanted.items() if stage not in stages)
+    if not missing:
+        return "done"
+    if trouble.startswith("failed"):
+        return trouble
+    return f"{trouble}; {missing} missing" if trouble else f"incomplete: {missing} missing"
