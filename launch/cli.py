@@ -16,7 +16,8 @@ from netslim.launch.artefacts import (
     stage_directories,
     stage_directory,
 )
-from netslim.launch.cluster import launch
+from netslim.launch.cluster import count_processes, launch
+from netslim.launch.compare import compare_runs
 from netslim.launch.config import RunConfig, parse, run_directory
 from netslim.launch.describe import describe, preset_of_run
 from netslim.launch.export import export_run
@@ -26,7 +27,8 @@ from netslim.launch.presets import PRESETS, find_preset, list_presets
 from netslim.launch.recipe import stages_of, start
 from netslim.launch.report import format_table, read_rows
 from netslim.launch.submit import submit_run
-from netslim.train import check_devices, check_model, num_gpus
+from netslim.launch.sweep import sweep_runs
+from netslim.train import check_model
 
 COMMANDS = {
     "run": "all stages on this machine: sparsity training, pruning, repair, fine-tuning",
@@ -35,10 +37,14 @@ COMMANDS = {
     "repair": "restore the run's cut models, with no training step",
     "finetune": "fine-tune the run's repaired models",
     "submit": "all stages as a batch job of SLURM",
+    "sweep": "a grid of lambdas, ratios and seeds, here or as jobs of SLURM",
+    "compare": "runs side by side: table, figures, and which network to take",
     "inspect": "which channels can go, and why the others stay; of a run directory also what its sparse model bears",
     "data": "write the images of a preset as .beton files",
     "export": "write a run's slim model as ONNX, pt2 or stand-alone weights",
 }
+_SUBJECTS = {"export": "RUN", "compare": "RUN...", "sweep": "PRESET|SWEEP"}
+_WITH_OWN_FLAGS = {"export": export_run, "submit": submit_run, "sweep": sweep_runs, "compare": compare_runs}
 
 
 def main() -> int:
@@ -58,8 +64,8 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, n=2, cutoff=0.3) or list(COMMANDS)
         raise ValueError(f"no command is called {command!r}; the nearest are {', '.join(nearest)}")
-    if command in ("export", "submit"):
-        return {"export": export_run, "submit": submit_run}[command](rest, COMMANDS[command])
+    if command in _WITH_OWN_FLAGS:
+        return _WITH_OWN_FLAGS[command](rest, COMMANDS[command])
     if not rest or rest[0] in ("-h", "--help"):
         print(f"usage: netslim {command} PRESET [flags]\n\n{COMMANDS[command]}\n\n{list_presets()}")
         return 0
@@ -113,15 +119,6 @@ def inspect_run(run: Path, flags: Sequence[str]) -> int:
     return code
 
 
-def count_processes(config: RunConfig) -> int:
-    """How many processes a run has on this machine; raises ValueError where that cannot be."""
-    if config.cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "1"
-    num_processes = config.num_processes or max(1, num_gpus())
-    check_devices(config.engine, num_processes)
-    return num_processes
-
-
 def start_processes(
     preset: str, config: RunConfig, stages: Sequence[str], arguments: Sequence[str], num_processes: int
 ) -> int:
@@ -157,8 +154,7 @@ def write_data(config: RunConfig) -> int:
 
 def overview() -> str:
     commands = "\n".join(
-        f"  netslim {name} {'RUN' if name == 'export' else 'PRESET'} [flags]".ljust(36) + text
-        for name, text in COMMANDS.items()
+        f"  netslim {name} {_SUBJECTS.get(name, 'PRESET')} [flags]".ljust(36) + text for name, text in COMMANDS.items()
     )
     usage = "usage: netslim COMMAND PRESET [flags]"
     return f"{usage}\n\n{commands}\n\n{list_presets()}\n\nnetslim COMMAND PRESET --help lists all flags."

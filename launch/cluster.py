@@ -13,8 +13,9 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from netslim.launch.config import RunConfig
 from netslim.launch.mistakes import MISTAKE, PREEMPTED
-from netslim.train import LostRankError
+from netslim.train import LostRankError, check_devices, num_gpus
 
 _LAUNCHER = "NETSLIM_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
@@ -102,3 +103,12 @@ def end_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(os.environ.get(_LAUNCHER, os.getppid())):  # it ended while this process was starting
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def count_processes(config: RunConfig) -> int:
+    """How many processes a run has on this machine; raises ValueError where that cannot be."""
+    if config.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    num_processes = config.num_processes or max(1, num_gpus())
+    check_devices(config.engine, num_processes)
+    return num_processes

@@ -534,7 +534,9 @@ def start_each(preset: str, runs: Sequence[tuple[RunConfig, Sequence[str]]]) -> 
     loaders: Loaders | None = None
     try:
         with run.watching():
-            for config, stages in runs:
+            for number, (config, stages) in enumerate(runs, 1):
+                if run.is_main and len(runs) > 1:
+                    print(f"{run_directory(preset, config).name}, {number} of {len(runs)}", flush=True)
                 loaders = run_one(preset, config, stages, info, run, loaders)
     finally:
         run.close()

@@ -198,6 +198,11 @@ def control(*arguments: str) -> None:
     _ask("scontrol", *arguments, failure="SLURM refused a change")
 
 
+def cancel(job: str) -> None:
+    """Take a job out of the queue, or end it."""
+    _ask("scancel", job, failure="SLURM did not cancel a job")
+
+
 def queued() -> dict[str, str]:
     """The state, as SLURM calls it, of each of the user's jobs that has not ended, by number: 7, or 7_0 in an array."""
     lines = _ask("squeue", "--me", "--array", "--noheader", "--format=%i %T", failure="SLURM does not answer")
