@@ -169,7 +169,7 @@ class WandbRun:
         if self._entity is None:
             return f"W&B could not start online in project {self._project} ({reason})"
         return (
-            f"W&B could not start online in {self._entity}/{self._project} ({reason}); if your key may not write there, "
+            f"W&B could not start online in {self._entity}/{self._project} ({reason}); where your key may not write, "
             "name another --record.entity, and for what is recorded now `wandb sync --entity`"
         )
 
