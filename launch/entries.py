@@ -6,25 +6,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from typing import Any
 
 from netslim.launch.artefacts import (
+    FAILED_MARK,
     METRICS,
     PREEMPTED_MARK,
     STARTS,
     Pass,
     passes_to,
     read_config,
-    read_json,
     stage_directory,
 )
 from netslim.launch.config import RunConfig, fixed_fields, to_dict
+from netslim.launch.grid import INDEX, Sweep
 from netslim.launch.report import STAGES, Stage, printable, read_rows
 
-SWEEP, RESULTS, FAILED_MARK = "sweep.json", "results.json", "failed"
+RESULTS = "results.json"
 _LONGEST_REASON = 200  # characters
 _TRAINED: dict[str, Stage] = {"slim": "finetuned", "cut": "finetuned_cut", "scratch": "scratch"}
 
@@ -97,22 +95,16 @@ class Gathered:
     """One line each: what is damaged."""
 
 
-@checked_dataclass(frozen=True)
-class _Member:
-    """A run directory, and what the sweep knows of it before it is there."""
-
-    name: str
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    seed: int | None = None
-    ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Place:
+    """A run directory, and what a sweep's index says of it before it is there."""
+
     path: Path
-    member: _Member
-    is_of_sweep: bool
-    name: str = ""
+    name: str
+    is_of_sweep: bool = False
+    weight: float | None = None
+    seed: int | None = None
+    ratio: float | None = None
 
 
 def gather(paths: Sequence[Path]) -> Gathered:
@@ -138,51 +130,31 @@ def gather(paths: Sequence[Path]) -> Gathered:
 def _places(path: Path) -> Iterator[_Place]:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}; name run directories, as runs/digits, or a sweep's")
-    if (path / SWEEP).is_file():
-        for member in _members(path / SWEEP):
-            yield _Place(path / member.name, member, is_of_sweep=True)
+    if (path / INDEX).is_file():
+        for member in Sweep.read(path).members:
+            yield _Place(path=path / member.name, name=member.name, is_of_sweep=True, **vars(member))
     elif any((path / name).is_file() for name in ("config.json", RESULTS)):
-        yield _Place(path, _Member(path.resolve().name), is_of_sweep=False)
+        yield _Place(path=path, name=path.resolve().name)
     else:
-        raise ValueError(f"{path} is neither a run (no config.json) nor a sweep (no {SWEEP}); name one, as runs/digits")
-
-
-def _members(path: Path) -> list[_Member]:
-    try:
-        members = TypeAdapter(list[_Member]).validate_python(read_json(path).get("members"))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, ("members", *first["loc"])))
-        raise ValueError(f"{path} is damaged ({place}: {first['msg']}); start the sweep again") from None
-    for member in members:
-        if Path(member.name).name != member.name:
-            raise ValueError(f"{path} names the run {member.name!r}, which is no directory in it; correct the name")
-    return members
+        raise ValueError(f"{path} is neither a run (no config.json) nor a sweep (no {INDEX}); name one, as runs/digits")
 
 
 def _named(places: Sequence[_Place]) -> list[_Place]:
-    """Give each place the name of its directory, or its whole path where two directories share that."""
+    """Call each place by the name of its directory, or by its whole path where two directories share that."""
     for path, count in Counter(place.path.resolve() for place in places).items():
         if count > 1:
             raise ValueError(f"{path} is given {count} times; name each run once")
-    counts = Counter(place.member.name for place in places)
-    return [
-        dataclasses.replace(place, name=name if counts[name] == 1 else str(place.path))
-        for place in places
-        for name in [place.member.name]
-    ]
+    counts = Counter(place.name for place in places)
+    return [place if counts[place.name] == 1 else dataclasses.replace(place, name=str(place.path)) for place in places]
 
 
 def _bare(place: _Place, state: str) -> Entry:
-    member = place.member
-    return Entry(
-        run=place.name, path=place.path, state=state, weight=member.weight, seed=member.seed, ratio=member.ratio
-    )
+    return Entry(run=place.name, path=place.path, state=state, weight=place.weight, seed=place.seed, ratio=place.ratio)
 
 
 def _read(place: _Place, found: Gathered) -> None:
     """Add what one run directory says."""
-    is_sparse_only = place.is_of_sweep and place.member.ratio is None
+    is_sparse_only = place.is_of_sweep and place.ratio is None
     trouble = _trouble(place.path)
     if not (place.path / "config.json").is_file():
         if (place.path / RESULTS).is_file():
@@ -194,9 +166,10 @@ def _read(place: _Place, found: Gathered) -> None:
     rows = _results(place.path)
     found.configs.append((place.path.resolve().name, config))
     found.sparse.extend(_sparse_of(place, config, rows))
-    ratios = [] if is_sparse_only else _ratios(place, config, rows)
-    found.entries.extend(_entry(place, config, rows, ratio, trouble) for ratio in ratios)
-    if is_sparse_only and trouble:
+    if not is_sparse_only:
+        trouble = trouble or ("waiting" if place.is_of_sweep and not rows else "")
+        found.entries.extend(_entry(place, config, rows, ratio, trouble) for ratio in _ratios(place, config, rows))
+    elif trouble and not rows:
         found.entries.append(dataclasses.replace(_bare(place, trouble), task=task_of(config), config=config))
 
 
@@ -212,9 +185,10 @@ def _trouble(path: Path) -> str:
 def _results(path: Path) -> list[dict[str, Any]]:
     if (path / RESULTS).is_file():
         return read_rows(path)
-    finished = next(path.glob(f"*/{METRICS}"), None)
+    # a sparse model alone may be another run's: linked, as in a sweep, or copied
+    finished = next((found.parent.name for found in path.glob(f"*/{METRICS}") if found.parent.name != "sparse"), None)
     if finished is not None:
-        raise ValueError(f"{path / RESULTS} is missing, and {finished.parent.name} is complete; run it again")
+        raise ValueError(f"{path / RESULTS} is missing, and {finished} is complete; run it again")
     return []
 
 
@@ -243,8 +217,8 @@ def _sparse_of(place: _Place, config: RunConfig, rows: Sequence[dict[str, Any]])
 
 def _ratios(place: _Place, config: RunConfig, rows: Sequence[dict[str, Any]]) -> list[float]:
     """The ratios that a run has, or is to have; not those at which one pass ends and the next begins."""
-    if place.member.ratio is not None:
-        return [place.member.ratio]
+    if place.ratio is not None:
+        return [place.ratio]
     made = {
         row["ratio"]
         for row in rows
@@ -287,6 +261,6 @@ def _state(config: RunConfig, stages: set[Stage], trouble: str) -> str:
     missing = ", ".join(directory for stage, directory in wanted.items() if stage not in stages)
     if not missing:
         return "done"
-    if trouble.startswith("failed"):
+    if trouble.startswith(("failed", "waiting")):
         return trouble
     return f"{trouble}; {missing} missing" if trouble else f"incomplete: {missing} missing"

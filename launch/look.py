@@ -176,6 +176,7 @@ for (const figure of document.querySelectorAll("figure")) {
     tip.style.transform = `translate(${Math.max(8, left) + scrollX}px, ${top + scrollY}px)`;
     tip.style.visibility = "visible";
   };
+  const leave = () => { if (owner === svg) hide(); };
   const point = (event) => {
     const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
     let best = -1, least = 28;
@@ -183,14 +184,14 @@ for (const figure of document.querySelectorAll("figure")) {
       const distance = Math.hypot(x - at.x, y - at.y);
       if (distance < least) { least = distance; best = index; }
     });
-    if (best >= 0) show(best); else hide();
+    if (best >= 0) show(best); else leave();
   };
   svg.addEventListener("pointermove", point);
   svg.addEventListener("pointerdown", point);
-  svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hide(); });
+  svg.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") leave(); });
   svg.addEventListener("focus", () => { if (svg.matches(":focus-visible")) show(Math.max(0, current)); });
   // a tap shows its value before the figure that was focused until then hears that it no longer is
-  svg.addEventListener("blur", () => { if (owner === svg) hide(); });
+  svg.addEventListener("blur", leave);
   svg.addEventListener("keydown", (event) => {
     const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
     if (step) { event.preventDefault(); show((current + step + marks.length) % marks.length); }

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from netslim.launch.charts import MARKERS, Chart, draw_charts
+from netslim.launch.charts import MARKERS, MOST_IN_LEGEND, SERIES, Chart
 from netslim.launch.choice import Verdict, notes, percent
 from netslim.launch.curves import Drawn, read_drawn
+from netslim.launch.drawing import draw_charts
 from netslim.launch.entries import Gathered
 from netslim.launch.look import SCRIPT, STYLE, VARIABLES
 from netslim.launch.report import cell, printable
@@ -30,7 +31,6 @@ _TITLES = {
 }
 _TEXTS = ("run", "data", "network", "state")
 _GLYPHS = dict(zip(MARKERS, "●■▲◆▼", strict=True))
-_MOST_IN_LEGEND = 24
 _GROUPS = (
     ("Accuracy and size", ("params", "macs", "ratio")),
     ("Training, and the scales it leaves", ("sparsify", "finetune", "gammas")),
@@ -210,13 +210,13 @@ def _line(row: dict[str, Any], columns: Sequence[str], weights: Sequence[float])
 
 def _glyph(index: int) -> str:
     marker = _GLYPHS[MARKERS[index % len(MARKERS)]]
-    return f'<span class="dot" style="color: var(--series-{index % 8})" aria-hidden="true">{marker}</span>'
+    return f'<span class="dot" style="color: var(--series-{index % len(SERIES)})" aria-hidden="true">{marker}</span>'
 
 
 def _figures(charts: Sequence[Chart], weights: Sequence[float], about: str) -> str:
     """The figures of one data set and network, under headings of their own."""
     parts = [f"<h2>{_text(about) if about else 'Figures'}</h2>"]
-    shown = weights if len(weights) <= _MOST_IN_LEGEND else []
+    shown = weights if len(weights) <= MOST_IN_LEGEND else []
     items = "".join(f"<li>{_glyph(index)}lambda {weight:g}</li>" for index, weight in enumerate(shown))
     parts.append(
         f'<ul class="legend">{items or "<li>colours: by lambda, as in the table</li>"}'

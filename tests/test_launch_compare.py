@@ -21,6 +21,7 @@ from netslim.launch.choice import Candidate, Verdict, find_baseline, find_candid
 from netslim.launch.compare import compare_runs, sort_rows
 from netslim.launch.config import PruneConfig, RunConfig
 from netslim.launch.entries import Entry, Gathered, Sparse, Task, gather
+from netslim.launch.grid import Member, Sweep
 from netslim.launch.mistakes import guarded
 from netslim.launch.report import write_results
 from netslim.prune import Plan, slim
@@ -29,6 +30,7 @@ from netslim.train import ModelConfig, RecordConfig, SparsityConfig, build_model
 Run = Callable[..., Path]
 Compare = Callable[..., tuple[int, str, str]]
 MODEL = ModelConfig(name="vgg11", width=0.0625)
+SMALL = RunConfig(data=DataConfig(size=16), model=MODEL)
 HOSTILE = "=1+1 \"quoted\" 'too' | <script>alert(1)</script> $(touch x) `x`\nsecond line"
 
 
@@ -60,7 +62,7 @@ def make_run(tmp_path: Path) -> Run:
         finetuned = {0.5: 0.9} if finetuned is None else finetuned
         directory = parent / name
         config = replace(
-            base or RunConfig(data=DataConfig(size=16)),
+            base or SMALL,
             model=MODEL,
             sparsity=SparsityConfig(weight=weight),
             prune=PruneConfig(ratio=tuple(finetuned) or (0.5,)),
@@ -316,22 +318,19 @@ def test_a_damaged_run_is_named_and_the_others_are_compared(
 
 @pytest.fixture
 def sweep(make_run: Run, tmp_path: Path) -> Path:
-    """Of two lambdas: the sparse models, one member that is done, and one in each other state."""
+    """Of two lambdas: the sparse models, members that are done, and one in each other state, also not begun."""
     parent = tmp_path / "sweep"
-    members: list[dict[str, Any]] = []
-    for weight in (0.0, 1e-3):
-        first = make_run(f"lambda-{weight:g}_seed-0", weight=weight, finetuned={}, parent=parent)
-        members.append({"name": first.name, "weight": weight, "seed": 0, "ratio": None})
-        for ratio, accuracy in ((0.3, 0.95), (0.5, None)):
-            name = f"{first.name}_ratio-{ratio:.2f}"
-            run = make_run(name, weight=weight, finetuned={ratio: accuracy}, parent=parent)
+    members = [Member(weight, 0, ratio) for weight in (0.0, 1e-3) for ratio in (None, 0.3, 0.5)]
+    for member in members:
+        finetuned = {} if member.ratio is None else {member.ratio: 0.95 if member.ratio == 0.3 else None}
+        run = make_run(member.name, weight=member.weight, finetuned=finetuned, parent=parent)
+        if member.ratio is not None:
             shutil.rmtree(run / "sparse")
-            (run / "sparse").symlink_to(Path("..") / first.name / "sparse")
-            members.append({"name": name, "weight": weight, "seed": 0, "ratio": ratio})
-    members.append({"name": "lambda-0.001_seed-0_ratio-0.70", "weight": 1e-3, "seed": 0, "ratio": 0.7})
+            (run / "sparse").symlink_to(Path("..") / member.sparse.name / "sparse")
+    Sweep(parent, "digits", SMALL, [*members, Member(1e-3, 0, 0.7), Member(1e-3, 0, 0.8)], [], {}).write()
+    Sweep.read(parent).make([Member(1e-3, 0, 0.8)])
     (parent / "lambda-0.001_seed-0_ratio-0.50" / "failed").write_text("rank 1 lost\n")
     (parent / "lambda-0_seed-0_ratio-0.50" / "preempted").touch()
-    write_json(parent / "sweep.json", {"preset": "digits", "members": members})
     return parent
 
 
@@ -345,6 +344,7 @@ def test_members_of_a_sweep_have_rows_with_their_states_and_share_the_sparse_mod
         "lambda-0.001_seed-0_ratio-0.30": "done",
         "lambda-0.001_seed-0_ratio-0.50": "failed: rank 1 lost",
         "lambda-0.001_seed-0_ratio-0.70": "waiting",
+        "lambda-0.001_seed-0_ratio-0.80": "waiting",
     }
     found = gather([sweep])
     assert [(model.weight, model.run) for model in found.sparse] == [
@@ -360,7 +360,7 @@ def test_a_sweep_of_which_nothing_has_begun_is_shown_as_waiting(sweep: Path, com
             shutil.rmtree(member)
     code, printed, _ = compare(sweep)
     assert code == 0
-    assert printed.count("waiting") == 5
+    assert printed.count("waiting") == 6
     assert (sweep / "report.html").is_file()
 
 
@@ -398,17 +398,15 @@ def test_what_else_differs_between_the_runs_is_said(make_run: Run) -> None:
         (["RUN", "--format", "xml"], ["'xml'", "markdown"]),
         (["RUN", "--out", "RUN"], ["is a directory; name a file"]),
         (["RUN", "--out", "no/page.html"], ["there is no directory no; make it first"]),
-        (["RUN/sweep"], ["sweep.json", "members.0.weight"]),
-        (["RUN/outside"], ["names the run '../one', which is no directory in it"]),
+        (["RUN/sweep"], ["sweep.json is damaged"]),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
     arguments: list[str], parts: list[str], make_run: Run, compare: Compare
 ) -> None:
     run = make_run("one")
-    for name, member in (("sweep", {"name": "a", "weight": "x"}), ("outside", {"name": "../one"})):
-        (run / name).mkdir()
-        write_json(run / name / "sweep.json", {"members": [member]})
+    (run / "sweep").mkdir()
+    write_json(run / "sweep" / "sweep.json", {"members": [{"name": "a", "weight": "x"}]})
     code, printed, errors = compare(*(argument.replace("RUN", str(run)) for argument in arguments))
     assert (code, printed) == (2, "")
     assert errors.count("\n") == 1, errors
