@@ -38,7 +38,16 @@ from netslim.launch.inspection import INSPECTION, describe_gammas, try_ratio
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
 from netslim.launch.report import read_rows, write_results
-from netslim.launch.summary import accuracies, channel_rows, dataset, done_line, flat, latencies, stage_artefact
+from netslim.launch.summary import (
+    accuracies,
+    channel_rows,
+    dataset,
+    done_line,
+    flat,
+    latencies,
+    picture_cut,
+    stage_artefact,
+)
 from netslim.prune import (
     Calibration,
     ChannelMap,
@@ -100,7 +109,11 @@ class Job:
     def show(self, items: Collection[T], what: str) -> Iterable[T]:
         """The items behind a progress bar, or with a line now and then."""
         stage, seconds = self.run.place, self.config.record.progress_seconds
-        pace = Pace(stage, lambda line: print(f"{stage}: {line}"), is_main=self.run.is_main, seconds=seconds)
+
+        def say(line: str) -> None:
+            print(f"{stage}: {line}", flush=True)
+
+        pace = Pace(stage, say, is_main=self.run.is_main, seconds=seconds)
         return pace.follow(items, Leg(what=what, total=len(items)))
 
     def scores(self, turn: Pass, sparse: nn.Module, channels: ChannelMap) -> dict[str, torch.Tensor]:
@@ -444,23 +457,6 @@ def open_record(job: Job, directory: Path, row: dict[str, Any]) -> Record:
         settings=flat({**to_dict(job.config), **about}),
         is_last=directory == stage_directories(job.directory, STAGES, job.config)[-1],
     )
-
-
-def picture_cut(rows: Sequence[dict[str, Any]], gammas: Sequence[torch.Tensor], plan: Plan) -> dict[str, Picture]:
-    """What a cut leaves of each layer, and where its threshold lies among the scales of the sparse network."""
-
-    def channels() -> bytes:
-        from netslim.launch.pictures import draw_channels  # here: matplotlib is imported only to draw
-
-        return draw_channels(rows)
-
-    def density() -> bytes:
-        from netslim.launch.pictures import draw_density
-
-        every = torch.cat([gamma.detach().abs().float().cpu() for gamma in gammas])
-        return draw_density(every, plan.threshold if plan.rules.score == "gamma" else None)
-
-    return {"channels_by_layer": channels, "gamma_density": density}
 
 
 def conclude(

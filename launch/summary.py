@@ -12,7 +12,7 @@ from torch import nn
 from netslim.data import DataConfig, DataInfo
 from netslim.launch.artefacts import METRICS
 from netslim.prune import Plan, latency
-from netslim.train.wandb_content import Artefact
+from netslim.train.wandb_content import Artefact, Picture
 
 _LATENCY_SECONDS = 0.2
 """To measure for, per batch size."""
@@ -64,6 +64,23 @@ def channel_rows(plan: Plan) -> list[dict[str, Any]]:
         {"layer": layer.name, "channels": layer.width, "kept": len(layer.kept), "share": len(layer.kept) / layer.width}
         for layer in plan.layers
     ]
+
+
+def picture_cut(rows: Sequence[dict[str, Any]], gammas: Sequence[torch.Tensor], plan: Plan) -> dict[str, Picture]:
+    """What a cut leaves of each layer, and where its threshold lies among the scales of the sparse network."""
+
+    def channels() -> bytes:
+        from netslim.launch.pictures import draw_channels  # here: matplotlib is imported only to draw
+
+        return draw_channels(rows)
+
+    def density() -> bytes:
+        from netslim.launch.pictures import draw_density
+
+        every = torch.cat([gamma.detach().abs().float().cpu() for gamma in gammas])
+        return draw_density(every, plan.threshold if plan.rules.score == "gamma" else None)
+
+    return {"channels_by_layer": channels, "gamma_density": density}
 
 
 def dataset(config: DataConfig, info: DataInfo) -> Artefact:

@@ -176,6 +176,7 @@ class Server(ThreadingHTTPServer):
         self.answers = {
             "Viewer": lambda _: {"viewer": {"id": "1", "entity": "someone", "username": "someone", "flags": "{}"}},
             "GetDefaultEntity": lambda _: {"viewer": {"id": "1", "entity": "someone"}},
+            "ArtifactType": lambda _: {"project": None},  # there are no artifacts yet
             "UpsertBucket": self._take_run,
             "CreateRunFiles": self._take_files,
             "CreateArtifact": _take_artifact,

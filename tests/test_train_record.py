@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import wandb
-from stand_in import account, server, wandb_history, wandb_records, wandb_runs, wandb_steps
+from stand_in import account, server, wandb_history, wandb_records, wandb_runs, wandb_steps, wandb_summary
 from test_train_distributed import Shares, network, new_runtime
 from test_train_resume import CrashError, Dying
 from torch import nn
@@ -26,6 +27,7 @@ from netslim.train import (
     wandb_run,
     wandb_server,
 )
+from netslim.train.wandb_content import Artefact, Lineage
 from netslim.train.wandb_server import Probe, wandb_mode
 
 METRICS = {"epoch": 1, "train_loss": 0.5, "accuracy": 0.9, "images_per_second": 10.0}
@@ -274,6 +276,64 @@ def test_what_goes_wrong_with_wandb_is_a_warning(
     assert capfd.readouterr().err.splitlines() == [
         f"sparse: warning: W&B could not {does} (No space left on device); this stage goes on without it"
     ]
+
+
+LINEAGE = Lineage(
+    made=Artefact(name="run-sparse", kind="model", about={"stage": "sparse"}),
+    used=(Artefact(name="dataset-digits", kind="dataset", about={"source": "digits"}),),
+)
+
+
+def test_pictures_and_artifacts_that_fail_cost_the_record_nothing_else(
+    tmp_path: Path, address: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> bytes:
+        raise OSError("No space left on device")
+
+    with Record("sparse", tmp_path / "sparse", is_main=True, config=OFFLINE) as record:
+        record.epoch(METRICS, nn.Identity())
+        record.finish({"accuracy": 0.9}, pictures={"gamma_density": fail}, lineage=LINEAGE)
+    (run,) = wandb_runs(tmp_path)
+    assert wandb_summary(run)["accuracy"] == 0.9
+    assert wandb_records(run)[-1].HasField("exit")
+    assert capfd.readouterr().err.splitlines() == [
+        "sparse: warning: W&B could not log gamma_density, artifacts (No space left on device); the rest is recorded"
+    ]
+
+
+def test_artifacts_keep_no_stage_from_ending_where_the_server_falls_silent(
+    tmp_path: Path,
+    address: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(wandb_run, "EXTRA_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_run, "FINISH_SECONDS", 1.0)
+    with server() as there:
+        address(there.url)
+        with Record("sparse", tmp_path / "sparse", is_main=True, config=RecordConfig(wandb="online")) as record:
+            train_some_seconds(record)
+            record.epoch(METRICS, nn.Identity())
+            there.is_alive.clear()
+            started = time.monotonic()
+            record.finish({"accuracy": 0.9}, lineage=LINEAGE)
+        assert time.monotonic() - started < 10
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "sparse: warning: W&B could not log artifacts (no answer in 1 s); the rest is recorded"
+    assert "W&B took too long for the rest of the record" in second
+
+
+def test_online_the_server_learns_what_a_stage_was_made_from(tmp_path: Path, address: Callable[[str], None]) -> None:
+    with server() as there:
+        address(there.url)
+        with Record("sparse", tmp_path / "sparse", is_main=True, config=RecordConfig(wandb="online")) as record:
+            train_some_seconds(record)
+            record.finish({"accuracy": 0.9}, lineage=LINEAGE)
+            identity = record.wandb_id
+    made = {sent["input"]["artifactCollectionName"] for sent in there.variables("CreateArtifact")}
+    assert made == {"dataset-digits", "run-sparse"}
+    (used,) = [sent["input"] for sent in there.variables("UseArtifact")]
+    assert (used["artifactID"], used["runName"]) == ("dataset-digits", identity)
 
 
 def test_a_run_that_goes_on_keeps_its_wandb_run_and_has_each_epoch_once(

@@ -65,19 +65,24 @@ def as_image(draw: Picture) -> Any:
     return wandb.Image(Image.open(io.BytesIO(draw())))
 
 
-def log_lineage(run: Any, lineage: Lineage) -> None:
-    """Tell W&B which artefacts went into the run, and which came out of it, online and offline.
+def as_drafts(lineage: Lineage) -> tuple[list[Any], Any]:
+    """W&B's artifacts, known by the content of their files: those that went into a run, and the one that came out."""
+    return [_as_draft(artefact) for artefact in lineage.used], _as_draft(lineage.made)
 
-    What went in is named by its content: the server finds what the earlier stage logged, or takes it now.
+
+def log_drafts(run: Any, used: Sequence[Any], made: Any) -> None:
+    """Tell W&B which artifacts went into the run, and which came out of it, online and offline.
+
+    Of what went in the server finds what an earlier stage logged, by its content, or takes it now.
     """
-    for artefact in lineage.used:
+    for draft in used:
         # Not `run.use_artifact`: it refuses to work offline, and online it waits for the server without a limit. This
         # is what it does before it waits.
-        run._log_artifact(_as_artifact(artefact), is_user_created=True, use_after_commit=True)
-    run.log_artifact(_as_artifact(lineage.made))
+        run._log_artifact(draft, is_user_created=True, use_after_commit=True)
+    run.log_artifact(made)
 
 
-def _as_artifact(artefact: Artefact) -> Any:
+def _as_draft(artefact: Artefact) -> Any:
     import wandb
 
     # other characters are not allowed in W&B's names

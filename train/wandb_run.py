@@ -2,17 +2,28 @@
 
 import secrets
 import shlex
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
-from netslim.train.wandb_content import Lineage, Picture, Table, as_image, as_table, gamma_histograms, log_lineage
+from netslim.train.wandb_content import (
+    Lineage,
+    Picture,
+    Table,
+    as_drafts,
+    as_image,
+    as_table,
+    gamma_histograms,
+    log_drafts,
+)
 from netslim.train.wandb_server import Mode, Probe, Trial, has_key, set_up_wandb, wandb_mode
 
-# How long W&B may keep a process waiting. The first wait in vain is the last: what follows is recorded offline.
-INIT_SECONDS, FINISH_SECONDS = 20.0, 20.0
+# How long W&B may keep a process waiting: as a stage begins to record, for its pictures and artifacts, and at its end.
+# The first wait in vain is the last: what follows is recorded offline.
+INIT_SECONDS, EXTRA_SECONDS, FINISH_SECONDS = 20.0, 5.0, 15.0
 
 
 class WandbRun:
@@ -89,13 +100,13 @@ class WandbRun:
         pictures: Mapping[str, Picture],
         lineage: Lineage | None,
     ) -> None:
-        """The stage's last words; the summary first, since the others may fail."""
+        """The stage's last words."""
         self._start()
-        if tables or pictures:
-            self._attempt("log", lambda: self._run.log(_shown(tables, pictures)))
         self._attempt("log", lambda: self._run.summary.update(dict(summary)))
-        if lineage is not None:
-            self._attempt("log artifacts", lambda: log_lineage(self._run, lineage))
+        extras = [*tables, *pictures, *(["artifacts"] if lineage else [])]
+        if extras:
+            what = f"log {', '.join(extras)}"
+            self._attempt(what, lambda: self._log_extras(tables, pictures, lineage), is_extra=True)
 
     def finish(self, exit_code: int) -> None:
         """Let W&B send the rest, for as long as it may take."""
@@ -104,16 +115,32 @@ class WandbRun:
         if self._run is not None:
             self._attempt("finish", lambda: self._finish(exit_code))
 
-    def _attempt(self, what: str, act: Callable[[], Any]) -> Any:
-        """The result of ``act``. Where it raises: a warning, and no more W&B in this stage."""
+    def _attempt(self, what: str, act: Callable[[], Any], *, is_extra: bool = False) -> Any:
+        """The result of ``act``. Where it raises: a warning, and, but for extras, no more W&B in this stage."""
         if self._is_out:
             return None
         try:
             return act()
         except Exception as error:
-            self._is_out = True
-            self._say(f"W&B could not {what} ({_first_line(error)}); this stage goes on without it", warning=True)
+            self._is_out = not is_extra
+            rest = "the rest is recorded" if is_extra else "this stage goes on without it"
+            self._say(f"W&B could not {what} ({_first_line(error)}); {rest}", warning=True)
             return None
+
+    def _log_extras(
+        self, tables: Mapping[str, Table], pictures: Mapping[str, Picture], lineage: Lineage | None
+    ) -> None:
+        shown = {name: as_table(rows) for name, rows in tables.items()}
+        shown |= {name: as_image(draw) for name, draw in pictures.items()}
+        used, made = as_drafts(lineage) if lineage is not None else ([], None)
+
+        def log() -> None:
+            if shown:
+                self._run.log(shown)
+            if made is not None:
+                log_drafts(self._run, used, made)
+
+        _in_time(log)
 
     def _start(self) -> None:
         if self._run is None:
@@ -201,9 +228,23 @@ def _log(run: Any, metrics: dict[str, Any]) -> None:
     run.log(metrics, step=metrics["epoch"], commit=True)
 
 
-def _shown(tables: Mapping[str, Table], pictures: Mapping[str, Picture]) -> dict[str, Any]:
-    drawn = {name: as_image(draw) for name, draw in pictures.items()}
-    return {name: as_table(rows) for name, rows in tables.items()} | drawn
+def _in_time(act: Callable[[], None]) -> None:
+    """Raise what ``act`` does, and TimeoutError where it takes too long: online W&B asks the server about artifacts."""
+    troubles: list[Exception] = []
+
+    def body() -> None:
+        try:
+            act()
+        except Exception as error:
+            troubles.append(error)
+
+    thread = threading.Thread(target=body, name="wandb-extras", daemon=True)  # no reason for an interpreter to stay
+    thread.start()
+    thread.join(EXTRA_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer in {EXTRA_SECONDS:g} s")
+    if troubles:
+        raise troubles[0]
 
 
 def _directory(run: Any) -> str:
