@@ -301,6 +301,16 @@ def test_pictures_and_artifacts_that_fail_cost_the_record_nothing_else(
     ]
 
 
+def test_nothing_is_drawn_without_wandb(tmp_path: Path) -> None:
+    def fail() -> bytes:
+        raise AssertionError("nobody will see it")
+
+    for config, is_main in ((RecordConfig(wandb="disabled"), True), (OFFLINE, False)):
+        with Record("sparse", tmp_path / "sparse", is_main=is_main, config=config) as record:
+            record.finish({"accuracy": 0.9}, pictures={"gamma_density": fail}, lineage=LINEAGE)
+    assert not (tmp_path / "wandb").exists()
+
+
 def test_artifacts_keep_no_stage_from_ending_where_the_server_falls_silent(
     tmp_path: Path,
     address: Callable[[str], None],
