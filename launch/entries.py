@@ -110,8 +110,11 @@ class _Place:
 def gather(paths: Sequence[Path]) -> Gathered:
     """Read run directories and sweeps; what is wrong within a run becomes its state and a warning.
 
-    Raises ValueError or FileNotFoundError for a path that is neither, or is named twice, and for a damaged sweep.json.
+    Raises ValueError or FileNotFoundError where there is none, for one that is neither or is named twice, and for a
+    damaged sweep.json.
     """
+    if not paths:
+        raise ValueError("there is nothing to compare; name run directories, as runs/digits, or a sweep's")
     found = Gathered([], [], [], [])
     for place in _named([place for path in paths for place in _places(path)]):
         try:

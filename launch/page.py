@@ -195,7 +195,7 @@ def _line(row: dict[str, Any], columns: Sequence[str], weights: Sequence[float])
         shown = "" if value is None else _text(cell(name, value))
         if name == "lambda" and value is not None:
             shown = _glyph(weights.index(value)) + shown
-        data = "" if value is None else html.escape(str(value))
+        data = "" if value is None else _text(str(value))
         if name == "run":
             # a narrow column breaks the name between its parts first
             parts = "".join(f"<span>{_text(part)}</span>" for part in re.findall("[^_/]*[_/]|[^_/]+", value))
