@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_TEST := $(VENV)/.ready-test
+# System packages, as PROGRAM:PACKAGE, without which some tests are skipped; `make test TEST_TOOLS=` leaves them alone.
+TEST_TOOLS ?= slurmctld:slurm-wlm munged:munge shellcheck:shellcheck chromium:chromium
 
 .PHONY: demo test slow soak gpu check format bench lab dev clean
 .DELETE_ON_ERROR:
@@ -18,7 +21,7 @@ READY_DEV := $(VENV)/.ready-dev
 demo: $(READY)
 	$(BIN)/netslim run digits
 
-test: $(READY)
+test: $(READY_TEST)
 	$(BIN)/python -m pytest
 
 slow: $(READY)
@@ -53,6 +56,17 @@ format: $(READY_DEV)
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# Install the packages in $$missing, where that can be done without a question; else do what the argument says.
+define install_missing
+if [ -n "$$missing" ]; then \
+		as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+		{ command -v apt-get >/dev/null && $$as_root true 2>/dev/null && \
+			echo "installing system packages:$$missing" && $$as_root apt-get update -qq && \
+			$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; } || \
+		{ $(1); }; \
+	fi
+endef
+
 # FFCV compiles against OpenCV, TurboJPEG and Python. The constraints pin every version that the tests were run with.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -65,19 +79,19 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
 	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
 		|| missing="$$missing python3-dev"; \
-	if [ -n "$$missing" ]; then \
-		as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
-		if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then \
-			echo "installing system packages:$$missing"; \
-			$$as_root apt-get update -qq && \
-			$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null || exit 1; \
-		else \
-			echo "netslim needs these system packages:$$missing. Install them (Debian, Ubuntu: sudo apt-get install$$missing) and run make again." >&2; \
-			exit 1; \
-		fi; \
-	fi
+	$(call install_missing,\
+		echo "netslim needs these system packages:$$missing. Install them (Debian, Ubuntu: sudo apt-get install$$missing) and run make again." >&2; \
+		exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,export,test]'
+	touch $@
+
+$(READY_TEST): $(READY)
+	@missing=; \
+	for tool in $(TEST_TOOLS); do \
+		PATH="$$PATH:/usr/sbin" command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; \
+	done; \
+	$(call install_missing,echo "not installed (their tests are skipped):$$missing" >&2)
 	touch $@
 
 # mypy cannot follow the editable install's import hook, so it reads the packages through links.

@@ -173,10 +173,9 @@ def _directive(option: str) -> str:
 
 def _environment(script: Script, slurm: SlurmConfig) -> str:
     """Shell lines that make accelerate and netslim known, and go to where netslim was called."""
-    lines = [f". {_quoted(slurm.setup)}"] if slurm.setup else []
+    lines = _sourced(slurm.setup) if slurm.setup else []
     lines += [f"module load {shlex.join(slurm.modules)}"] if slurm.modules else []
-    if slurm.venv:
-        lines.append(f". {_quoted(slurm.venv / 'bin' / 'activate')}")
+    lines += _sourced(slurm.venv / "bin" / "activate") if slurm.venv else []
     if slurm.conda:
         lines += ['eval "$(conda shell.bash hook)"', f"conda activate {shlex.quote(slurm.conda)}"]
     if not (slurm.venv or slurm.conda):
@@ -184,5 +183,5 @@ def _environment(script: Script, slurm: SlurmConfig) -> str:
     return "\n".join([*lines, f"cd {shlex.quote(str(script.directory))}"])
 
 
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path.absolute()))
+def _sourced(path: Path) -> list[str]:
+    return ["# shellcheck source=/dev/null", f". {shlex.quote(str(path.absolute()))}"]
