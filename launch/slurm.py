@@ -120,7 +120,24 @@ def read_slurm_flags(own: Sequence[str], options: Sequence[str]) -> SlurmConfig:
         raise FileNotFoundError(f"--setup {config.setup}: there is no such file")
     if config.venv is not None and not (config.venv / "bin" / "activate").is_file():
         raise FileNotFoundError(f"--venv {config.venv}: there is no bin/activate in it")
+    minutes = next((_minutes(option.split("=")[1]) for option in options if option.startswith("--time=")), None)
+    if minutes is not None and 60 * minutes <= config.save_seconds:
+        raise ValueError(
+            f"--save-seconds {config.save_seconds} leaves nothing of --time, which is {60 * minutes:g} seconds; "
+            "give a longer --time, or fewer seconds to save in"
+        )
     return dataclasses.replace(config, options=tuple(options))
+
+
+def _minutes(time: str) -> float | None:
+    """A time limit as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None where it is none of them."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if found is None:  # sbatch says what is wrong with it
+        return None
+    days, *parts = (int(part or 0) for part in found.groups())
+    starts_with_hours = found[1] is not None or found[4] is not None
+    hours, minutes, seconds = parts if starts_with_hours else (0, *parts[:2])
+    return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 
 def describe_flags(kind: type) -> str:

@@ -15,8 +15,10 @@ from test_launch_cli import Netslim, assert_one_line
 from netslim.launch import submit
 from netslim.launch.batch import Script, batch_script, command_script
 from netslim.launch.cli import dispatch
+from netslim.launch.grid import Member, Sweep
 from netslim.launch.presets import digits, vgg19_cifar10
-from netslim.launch.slurm import Shape, SlurmConfig, split_flags
+from netslim.launch.slurm import Shape, SlurmConfig, _minutes, split_flags
+from netslim.launch.sweep_jobs import array_script
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "launch" / "sbatch"
@@ -160,6 +162,7 @@ def test_flags_are_divided_among_netslim_sbatch_and_the_run() -> None:
         (["--setup", "nowhere.sh"], ["--setup nowhere.sh", "no such file"]),
         (["--venv", "nowhere"], ["--venv nowhere", "bin/activate"]),
         (["--comment", "two\nlines"], ["no part of a line"]),
+        (["--time", "2"], ["--save-seconds 120", "--time", "120 seconds"]),
         (["--prune.ratio", "1.5"], ["prune.ratio", "1.5"]),
     ],
 )
@@ -195,6 +198,49 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(capsys: pytest.CaptureFi
     assert dispatch(["submit", "digits", "--run-dir", str(tmp_path / "run"), "--dry-run", "--time", "10"]) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n# netslim submit digits ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"),
+    [
+        ("30", 30),
+        ("1:30", 1.5),
+        ("4:00:00", 240),
+        ("2-1", 49 * 60),
+        ("1-0:5", 24 * 60 + 5),
+        ("1-0:0:30", 24 * 60 + 0.5),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(time: str, minutes: float) -> None:
+    assert _minutes(time) == minutes
+
+
+def test_names_of_environments_reach_their_programs_as_they_are(tmp_path: Path) -> None:
+    made = Script(title="", path=tmp_path / "s.sh", job_name="", log=tmp_path / "%j.log", directory=tmp_path)
+    setup = tmp_path / HOSTILE.replace("/", "") / "setup.sh"
+    setup.parent.mkdir()
+    setup.write_text(
+        'module() { printf "module %s\n" "${@:2}"; }\n'
+        'conda() { if [ "$1" = activate ]; then printf "conda %s\n" "$2"; fi; }\n'
+    )
+    slurm = SlurmConfig(setup=setup, modules=(HOSTILE, "gcc"), conda=HOSTILE)
+    done = run_with_stand_ins(command_script(made, slurm, ["netslim", "compare"]), tmp_path)
+    assert done.stdout.splitlines() == [f"module {HOSTILE}", "module gcc", f"conda {HOSTILE}", "compare"], done.stderr
+    assert not list(tmp_path.rglob("HACKED"))
+
+
+def test_the_members_of_an_array_are_found_whatever_the_name_of_their_sweep(tmp_path: Path) -> None:
+    directory = tmp_path / HOSTILE.replace("\\", "")
+    directory.mkdir()
+    members = [Member(1e-4, 0, 0.5), Member(0, 0, 0.5)]
+    sweep = Sweep(directory, "digits", digits(), members, [], {})
+    text = array_script(sweep, SlurmConfig(), "slim", members).replace(f"export PATH={BIN}:$PATH", "")
+    done = run_with_stand_ins(text, tmp_path)
+    run = directory / "lambda-0.0001_seed-0_ratio-0.50"
+    assert done.stdout.splitlines()[-5:] == ["digits", "--config", f"{run}/config.json", "--run-dir", str(run)], (
+        done.stderr
+    )
+    assert not list(tmp_path.rglob("HACKED"))
 
 
 @pytest.mark.parametrize(
