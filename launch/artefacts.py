@@ -21,6 +21,8 @@ STOP_MARK = "stop"
 """In a run's directory: where a batch script says that the run is to save and end."""
 FAILED_MARK = "failed"
 """In a run's directory: why the last attempt ended, in one line, where nobody is there to read it from a terminal."""
+STAGES = ("sparsify", "prune", "repair", "finetune")
+"""The commands that make a stage, in their order."""
 STARTS: dict[Start, str] = {"slim": "finetune", "cut": "finetune-cut", "scratch": "scratch"}
 """The stage that trains from each start."""
 _LARGEST_JSON = 1 << 24  # bytes; a configuration has two thousand

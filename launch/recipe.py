@@ -7,58 +7,51 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 
-from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_calibration, open_loaders, prepare
+from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_loaders, prepare
 from netslim.launch.artefacts import (
     PREEMPTED_MARK,
+    STAGES,
     STARTS,
     Pass,
     claim,
-    is_complete,
     occupied,
     passes_to,
-    read_stage,
-    stage_directories,
-    stage_directory,
     write_json,
-    write_stage,
 )
 from netslim.launch.cluster import end_with_launcher
 from netslim.launch.config import RunConfig, Start, fixed_fields, parse, run_directory, to_dict
 from netslim.launch.inspection import INSPECTION, describe_gammas, try_ratio
+from netslim.launch.job import (
+    Job,
+    blank_image,
+    calibrate,
+    conclude,
+    finish,
+    open_record,
+    origin,
+    read_plan,
+    read_slim,
+    read_sparse,
+    slim_directory,
+)
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import find_preset, list_presets
-from netslim.launch.report import read_rows, write_results
 from netslim.launch.summary import (
-    accuracies,
     channel_rows,
-    dataset,
-    done_line,
-    flat,
-    latencies,
     picture_cut,
-    stage_artefact,
 )
 from netslim.prune import (
-    Calibration,
-    ChannelMap,
-    Chunk,
-    Origin,
     Plan,
-    chunk_size,
     cost,
     cut,
-    embed,
-    load_plan,
     map_channels,
     open_gammas,
     plan_network,
@@ -68,80 +61,16 @@ from netslim.prune import (
 )
 from netslim.train import (
     FitConfig,
-    ModelConfig,
     Preempted,
-    Record,
     Runtime,
     Saver,
     Store,
-    build_model,
     describe_pull,
     evaluate,
     fit,
     travel,
 )
-from netslim.train.models import build_network, initialise, is_own
-from netslim.train.pace import Leg, Pace
-from netslim.train.wandb_content import Lineage, Picture
-
-T = TypeVar("T")
-STAGES = ("sparsify", "prune", "repair", "finetune")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every stage needs: the configuration, this process's place among the ranks, the images, the directory."""
-
-    preset: str
-    config: RunConfig
-    run: Runtime
-    loaders: Loaders
-    directory: Path
-    known_scores: dict[Path, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Of the sparse model in each directory."""
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        """The training images that repairs share, over all ranks: opened once for all ratios."""
-        shard = Shard(self.run.rank, self.run.world_size)
-        return replace(calibrate(self, shard), sum_over_ranks=self.run.sum_over_ranks, show=self.show)
-
-    def show(self, items: Collection[T], what: str) -> Iterable[T]:
-        """The items behind a progress bar, or with a line now and then."""
-        stage, seconds = self.run.place, self.config.record.progress_seconds
-
-        def say(line: str) -> None:
-            print(f"{stage}: {line}", flush=True)
-
-        pace = Pace(stage, say, is_main=self.run.is_main, seconds=seconds)
-        return pace.follow(items, Leg(what=what, total=len(items)))
-
-    def scores(self, turn: Pass, sparse: nn.Module, channels: ChannelMap) -> dict[str, torch.Tensor]:
-        """What the channels of a sparse model are worth: found once for all ratios that are cut from it."""
-        directory = self.path("sparsify", turn)
-        if directory not in self.known_scores:
-            rules = self.config.prune.rules
-            calibration = self.calibration if rules.score == "reconstruction" else None
-            self.known_scores[directory] = score_channels(sparse, channels, rules, calibration)
-        return self.known_scores[directory]
-
-    def build(self) -> nn.Module:
-        """The network before it is slimmed, newly initialised, on this rank's device."""
-        model = build_model(self.config.model, len(self.loaders.info.classes), self.config.seed)
-        return model.to(self.run.device)
-
-    def path(self, stage: str, turn: Pass | None = None) -> Path:
-        return stage_directory(self.directory, stage, turn)
-
-    def is_done(self, directory: Path) -> bool:
-        """Whether a stage is complete; rank 0 looks, so that all ranks agree also where storage lags."""
-        self.run.place = directory.name
-        return self.run.on_main(lambda: is_complete(directory))
-
-    def read(self, directory: Path, command: str) -> nn.Module:
-        """The model that a stage left, on every rank; an error names the command that makes it."""
-        command = f"netslim {command} {self.preset} --run-dir {self.directory}"
-        return self.run.on_all(lambda: read_stage(directory, self.build, command))
+from netslim.train.models import initialise
 
 
 def stages_of(command: str, config: RunConfig) -> tuple[str, ...]:
@@ -204,30 +133,6 @@ def sparsify(job: Job, turn: Pass) -> None:
     row = {"stage": "sparse", "ratio": turn.before.share}
     source = None if plan is None else slim_directory(job, turn.before)
     train(job, model, job.config.sparsify, directory, row, plan=plan, source=source, gammas=gammas, says=says)
-
-
-def read_slim(job: Job, turn: Pass) -> tuple[nn.Module, Plan]:
-    """The network that a pass left, repaired where there is a repair, and its plan."""
-    directory = slim_directory(job, turn)
-    return job.read(directory, directory.name.split("-")[0]), read_plan(directory)
-
-
-def slim_directory(job: Job, turn: Pass) -> Path:
-    """Where a pass left its network."""
-    return job.path("repair" if job.config.repair.steps else "prune", turn)
-
-
-def read_plan(directory: Path) -> Plan:
-    plan = load_plan(directory)
-    assert plan is not None, "the stage was read, and writes one"
-    return plan
-
-
-def read_sparse(job: Job, turn: Pass) -> nn.Module:
-    """The network that a pass trained, in the shapes of the network before all passes."""
-    directory = job.path("sparsify", turn)
-    sparse = job.read(directory, "sparsify")
-    return sparse if turn.number == 1 else embed(job.build(), sparse, read_plan(directory))
 
 
 def prune(job: Job, turn: Pass) -> None:
@@ -306,23 +211,6 @@ def restore(job: Job, turn: Pass) -> None:
         conclude(job, record, directory, complete, [job.path("sparsify", turn), source])
 
 
-def calibrate(job: Job, shard: Shard) -> Calibration:
-    """Training images to repair by, of which this process reads its share."""
-    num_images = min(job.config.repair.images, job.loaders.info.num_train)
-    loader = open_calibration(
-        job.config.data,
-        job.loaders.info,
-        shard,
-        num_images=num_images,
-        chunk_size=chunk_size(num_images),
-        seed=job.config.seed,
-        device=job.run.device,
-    )
-    return Calibration(
-        read=lambda: (Chunk(*chunk) for chunk in loader), num_images=loader.num_images, example=loader.first(2)
-    )
-
-
 def inspect_sparse(job: Job) -> None:
     """Cut and repair the sparse model at many ratios, each in one of the processes; rank 0 writes what they found."""
     config, run = job.config, job.run
@@ -374,14 +262,6 @@ def inspect_sparse(job: Job) -> None:
         write_json(job.directory / INSPECTION, found)
 
     run.on_main(write)
-
-
-def origin(config: ModelConfig, num_classes: int) -> Origin:
-    """What the plan says about how to build the network again."""
-    if is_own(config.name):
-        return Origin(function=config.name, num_classes=num_classes)
-    function = f"{build_network.__module__}:{build_network.__name__}"
-    return Origin(function=function, name=config.name, width=config.width, num_classes=num_classes)
 
 
 def finetune(job: Job, ratio: float, start: Start) -> None:
@@ -437,79 +317,6 @@ def train(
         )
         complete = finish(job, model, plan, directory, {**row, **fitted}, started)
         conclude(job, record, directory, complete, [] if source is None else [source])
-
-
-def open_record(job: Job, directory: Path, row: dict[str, Any]) -> Record:
-    """The record of a stage; what W&B calls its config has the same names in every stage and every run."""
-    about = {
-        "preset": job.preset,
-        "world_size": job.run.world_size,
-        "stage": row["stage"],
-        "ratio": row["ratio"],
-        "lambda": job.config.sparsity.weight,
-    }
-    return Record(
-        directory.name,
-        directory,
-        is_main=job.run.is_main,
-        config=job.config.record,
-        run_name=job.directory.name,
-        settings=flat({**to_dict(job.config), **about}),
-        is_last=directory == stage_directories(job.directory, STAGES, job.config)[-1],
-    )
-
-
-def conclude(
-    job: Job,
-    record: Record,
-    directory: Path,
-    metrics: dict[str, Any],
-    sources: Sequence[Path],
-    tables: Mapping[str, Sequence[dict[str, Any]]] | None = None,
-    pictures: Mapping[str, Picture] | None = None,
-) -> None:
-    """Say how a stage ended; in W&B also what the stages before it came to, and the artefacts it was made from."""
-    record.say(done_line(metrics))
-    if record.wandb_id is None:
-        return
-    known = accuracies(read_rows(job.directory), metrics["ratio"])
-    about = {"lambda": job.config.sparsity.weight, "world_size": job.run.world_size}
-    lineage = None
-    if job.config.record.artifacts:
-        name, images = job.directory.name, dataset(job.config.data, job.loaders.info)
-        used = (images, *(stage_artefact(source, name) for source in sources))
-        lineage = Lineage(made=stage_artefact(directory, name), used=used)
-    record.finish({**metrics, **known, **about}, tables=tables, pictures=pictures, lineage=lineage)
-
-
-def finish(
-    job: Job, model: nn.Module, plan: Plan | None, directory: Path, metrics: dict[str, Any], started: float
-) -> dict[str, Any]:
-    """Rank 0 writes the artefact and results.json; returns the metrics with costs added."""
-
-    def write() -> dict[str, Any]:
-        price = cost(model, blank_image(job))
-        spent = {"seconds": time.perf_counter() - started, **latencies(model, blank_image(job))}
-        complete = write_stage(
-            directory, model, plan, job.config, {**metrics, "params": price.params, "macs": price.macs, **spent}
-        )
-        write_results(
-            job.directory,
-            preset=job.preset,
-            world_size=job.run.world_size,
-            loader=job.loaders.info.loader,
-            device=job.run.device.type,
-            engine=job.run.engine,
-        )
-        return complete
-
-    return job.run.on_main(write)
-
-
-def blank_image(job: Job) -> torch.Tensor:
-    """One black image, (1, 3, size, size), for what depends on shapes alone."""
-    size = job.config.data.size
-    return torch.zeros(1, 3, size, size, device=job.run.device)
 
 
 def start(preset: str, config: RunConfig, stages: Sequence[str] = STAGES) -> None:

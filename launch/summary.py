@@ -14,7 +14,7 @@ from netslim.launch.artefacts import METRICS
 from netslim.prune import Plan, latency
 from netslim.train.wandb_content import Artefact, Picture
 
-_LATENCY_SECONDS = 0.2
+_LATENCY_SECONDS = 0.1
 """To measure for, per batch size."""
 _PATIENCE = 2.0
 """Seconds that all calls with a large batch may take on a CPU; else its latency is not measured."""
