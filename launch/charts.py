@@ -75,10 +75,10 @@ class Chart:
         return round(float(x), 1), round(float(self.figure.bbox.height - y), 1), mark[2]
 
     def svg(self) -> str:
-        """The figure as SVG: text as text, and the same bytes each time."""
+        """The figure as SVG, with text as text; but for its metadata the same bytes each time."""
         file = io.StringIO()
         with matplotlib.rc_context(STYLE):
-            self.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Type": None})
+            self.figure.savefig(file, format="svg")
         return file.getvalue()
 
     def save(self, directory: Path, weights: Sequence[float]) -> None:

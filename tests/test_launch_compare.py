@@ -70,10 +70,10 @@ def make_run(tmp_path: Path) -> Run:
             seed=seed,
         )
         claim(directory, "digits", config)
-        write(directory / "sparse", networks(0.5)[0], None, config, ("sparse", 0.0, sparse), 1000)
+        write(directory / "sparse", networks(0.5)[0], None, config, ("sparse", 0.0, sparse), 4000)
         for ratio, accuracy in finetuned.items():
             _, small, plan = networks(ratio)
-            size = round(1000 * (1 - ratio))
+            size = round(4000 * (1 - ratio))  # three digits or four: not sorted as text
             for stage, kind, value in (("prune", "cut", 0.1), ("repair", "repaired", 0.5)):
                 write(stage_of(directory, stage, ratio), small, plan, config, (kind, ratio, value), size)
             if accuracy is not None:
@@ -340,8 +340,8 @@ def sweep(make_run: Run, tmp_path: Path) -> Path:
 def test_members_of_a_sweep_have_rows_with_their_states_and_share_the_sparse_models(
     sweep: Path, compare: Compare, without_page: None
 ) -> None:
-    states = {row["run"]: row["state"] for row in rows_of(compare, sweep)}
-    assert states == {
+    rows = rows_of(compare, sweep)
+    assert {row["run"]: row["state"] for row in rows} == {
         "lambda-0_seed-0_ratio-0.30": "done",
         "lambda-0_seed-0_ratio-0.50": "incomplete: preempted; finetune missing",
         "lambda-0.001_seed-0_ratio-0.30": "done",
@@ -349,6 +349,8 @@ def test_members_of_a_sweep_have_rows_with_their_states_and_share_the_sparse_mod
         "lambda-0.001_seed-0_ratio-0.70": "waiting",
         "lambda-0.001_seed-0_ratio-0.80": "waiting",
     }
+    waiting = [row for row in rows if row["state"] == "waiting"]
+    assert {row[key] for row in waiting for key in ("seconds", "params", "accuracy_cut", "change")} == {None}
     found = gather([sweep])
     assert [(model.weight, model.run) for model in found.sparse] == [
         (0, "lambda-0_seed-0"),

@@ -39,7 +39,7 @@ def page(make_run: Run, compare: Compare) -> Path:
         make_run("free", finetuned={0.3: 0.949, 0.8: 0.71}),
         make_run("penalised", weight=1e-3, finetuned={0.3: 0.947, 0.8: 0.92}),
         make_run("again", weight=1e-3, seed=1, finetuned={0.3: 0.951, 0.8: None}),
-        make_run(HOSTILE, weight=1e-2, finetuned={0.5: 0.3}),
+        make_run(HOSTILE, weight=1e-2, finetuned={0.5: 0.99}),
     ]
     assert compare(*runs)[0] == 0
     return Path("comparison.html").absolute()
@@ -58,6 +58,7 @@ def test_the_page_is_one_file_of_text_that_names_nothing_outside_itself(page: Pa
     addresses = re.findall(r'(?:src|href|url)\s*[=(]\s*"?([^")\s>]*)', text)
     assert {address for address in addresses if not address.startswith("#")} == {"data:,"}
     assert "@import" not in text
+    assert text.count("<style") == 1  # that of a figure would be of the whole page
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', text)
     assert policy.startswith("default-src 'none'")
 
@@ -99,17 +100,25 @@ def test_the_marks_of_the_figures_say_what_the_artefacts_say(make_run: Run, comp
     for name in ("f1-params", "f1-macs", "f1-ratio"):
         texts = dict(marks[name])
         (((_, _, text),),) = [texts["one"]]
-        assert text.splitlines()[:2] == ["91.25 %", f"{row['params']} params, {row['macs']:,} MACs"]
-    assert [text.splitlines()[0] for _, _, text in dict(marks["f1-finetune"])["one"]] == [
-        "epoch 1: 45.62 %",
-        "epoch 2: 91.25 %",
-    ]
+        assert text.splitlines()[:2] == ["91.25 %", f"{row['params']:,} params, {row['macs']:,} MACs"]
+    for name, epochs in (("sparsify", ["47.50 %", "95.00 %"]), ("finetune", ["45.62 %", "91.25 %"])):
+        texts = [text.splitlines()[0] for _, _, text in dict(marks[f"f1-{name}"])["one"]]
+        assert texts == [f"epoch {number}: {accuracy}" for number, accuracy in enumerate(epochs, 1)]
     plan = json.loads((run / "prune-0.50" / "plan.json").read_text())
     assert [(label, points[0][2]) for label, points in marks["f1-layers-1"]] == [
         (layer["name"], f"{len(layer['kept'])} of {layer['width']} channels stay") for layer in plan["layers"]
     ]
     (threshold,) = dict(marks["f1-gammas"])["threshold of one"]
     assert threshold[2].startswith(f"|gamma| <= {plan['threshold']:.4g} goes")
+
+
+def test_what_a_mark_says_is_said_where_it_is_drawn(page: Path) -> None:
+    for name in ("f1-params", "f1-macs", "f1-ratio"):
+        (svg,) = re.findall(rf'<figure id="{name}">.*?(<svg.*?</svg>)', page.read_text(), re.DOTALL)
+        drawn = [(float(x), float(y)) for x, y in re.findall(r'<use [^>]*? x="([^"]*)" y="([^"]*)"', svg)]
+        for label, points in marks_of(page)[name]:
+            for x, y, _ in points:
+                assert min(abs(x - left) + abs(y - top) for left, top in drawn) < 0.2, (name, label)
 
 
 def test_gammas_are_of_every_batchnorm_and_epochs_those_that_are_written_in_full(make_run: Run) -> None:
