@@ -389,7 +389,8 @@ def test_different_data_sets_are_said_at_the_top_and_each_has_its_own_choice(
     assert printed.splitlines()[0].startswith("These runs are of 2 different data sets (digits, 16x16; folder in cats")
     assert "accuracies of different data sets cannot be compared" in printed.splitlines()[0]
     assert printed.count("The smallest fine-tuned network") == 2
-    assert "data " in printed  # the column
+    (head,) = [line.split() for line in printed.splitlines() if line.startswith("run ")]
+    assert head[:3] == ["run", "data", "lambda"]
 
 
 def test_what_else_differs_between_the_runs_is_said(make_run: Run) -> None:
