@@ -99,6 +99,13 @@ class RunConfig:
     run_dir: Path | None = None
     """Where the run is kept, on storage that all nodes share; None is runs/PRESET."""
 
+    def __post_init__(self) -> None:
+        if self.sparsity.reconfigure_every and self.engine.zero == 3:
+            raise ValueError(
+                "sparsity.reconfigure_every needs whole gammas on every rank, which engine.zero 3 divides; "
+                "use engine.zero 0, 1 or 2"
+            )
+
 
 _ADAPTER = TypeAdapter(RunConfig)
 _LARGEST_FILE = 1 << 20  # bytes of a --config file; a whole configuration has two thousand

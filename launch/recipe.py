@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_loaders, prepare
 from netslim.launch.artefacts import (
@@ -28,6 +28,7 @@ from netslim.launch.artefacts import (
 )
 from netslim.launch.cluster import end_with_launcher
 from netslim.launch.config import RunConfig, Start, fixed_fields, parse, run_directory, to_dict
+from netslim.launch.inflight import InFlight
 from netslim.launch.inspection import INSPECTION, describe_gammas, try_ratio
 from netslim.launch.job import (
     Job,
@@ -132,7 +133,27 @@ def sparsify(job: Job, turn: Pass) -> None:
     gammas, says = open_gammas(dense, channels, rules, model), channels.summary(rules.coupling)
     row = {"stage": "sparse", "ratio": turn.before.share}
     source = None if plan is None else slim_directory(job, turn.before)
-    train(job, model, job.config.sparsify, directory, row, plan=plan, source=source, gammas=gammas, says=says)
+
+    def two_images() -> Tensor:
+        images, _ = next(iter(job.loaders.test))
+        return images[:2].cpu()
+
+    slimming = None
+    if job.config.sparsity.reconfigure_every:
+        example = job.run.on_main(two_images).to(job.run.device)
+        slimming = InFlight(dense, model, plan, channels, rules, job.config.sparsity, job.run, example)
+    train(
+        job,
+        model,
+        job.config.sparsify,
+        directory,
+        row,
+        plan=plan,
+        source=source,
+        gammas=gammas,
+        says=says,
+        slimming=slimming,
+    )
 
 
 def prune(job: Job, turn: Pass) -> None:
@@ -290,6 +311,7 @@ def train(
     source: Path | None = None,
     gammas: Sequence[nn.Parameter] = (),
     says: str = "",
+    slimming: InFlight | None = None,
 ) -> None:
     """Fit the model that came from a stage's directory, if any, and leave the artefact; first, the record ``says``.
 
@@ -314,7 +336,9 @@ def train(
             gammas=gammas,
             sparsity=job.config.sparsity if gammas else None,
             saver=saver,
+            slimming=slimming,
         )
+        model = model if slimming is None else slimming.result()
         complete = finish(job, model, plan, directory, {**row, **fitted}, started)
         conclude(job, record, directory, complete, [] if source is None else [source])
 

@@ -1,10 +1,11 @@
 """Slimming a network: which channels can go, which do, the cut itself, its cost, and the files it leaves."""
 
+from netslim.prune.absorb import absorb
 from netslim.prune.artefact import load, load_plan, save
 from netslim.prune.calibration import Calibration, Chunk, chunk_size
 from netslim.prune.carry import carry
 from netslim.prune.channels import ChannelMap, Coupling, map_channels
-from netslim.prune.choose import make_plan
+from netslim.prune.choose import choose_zeros, make_plan
 from netslim.prune.cost import Cost, cost
 from netslim.prune.export import Format, export
 from netslim.prune.fold import folded
@@ -15,7 +16,7 @@ from netslim.prune.repair import Repair, RepairConfig, repair
 from netslim.prune.rules import Rules
 from netslim.prune.scores import score_channels
 from netslim.prune.slimming import open_gammas, plan_network, slim
-from netslim.prune.surgery import cut, embed, largest_difference, masked, prove
+from netslim.prune.surgery import cut, embed, largest_difference, masked, norm_of, prove
 
 __all__ = [
     "Calibration",
@@ -29,7 +30,9 @@ __all__ = [
     "Repair",
     "RepairConfig",
     "Rules",
+    "absorb",
     "carry",
+    "choose_zeros",
     "chunk_size",
     "cost",
     "cut",
@@ -43,6 +46,7 @@ __all__ = [
     "make_plan",
     "map_channels",
     "masked",
+    "norm_of",
     "open_gammas",
     "plan_network",
     "prove",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -50,6 +51,15 @@ def choose(
         raise ValueError(f"target {rules.target} is counted in the network itself: use plan_network or slim")
     choice = _Choice(units_of(scores, channels, rules), channels, ratio, rules)
     return choice.by_count() if share_gone is None else choice.by_share(share_gone)
+
+
+def choose_zeros(scores: Mapping[str, Tensor], channels: ChannelMap, rules: Rules, limit: float = 0.0) -> Plan:
+    """Choose every channel whose score is at most the limit, but for those that the rules hold.
+
+    Scores as in `choose`. The plan's ratio is the share that goes.
+    """
+    units = units_of(scores, channels, rules)
+    return _Choice(units, channels, 0.0, rules).by_limit(limit)
 
 
 class _Choice:
@@ -101,6 +111,14 @@ class _Choice:
             else:
                 high = middle
         return plan_of(high)
+
+    def by_limit(self, limit: float) -> Plan:
+        """Take the units whose score is at most the limit."""
+        low = self.units.scores <= limit
+        asked = int(self.units.sizes[low].sum())
+        taken, refused = self._take_carefully(asked)  # in their order, and others where the rules hold one of them
+        plan = self._plan(taken & low, refused & low, asked)
+        return replace(plan, ratio=plan.num_removed / max(1, plan.num_channels))
 
     def _take(self, asked: int) -> tuple[Flags, Flags]:
         """Take units in order while they fit: flags (units,) of those taken, and of those that only a rule spares."""

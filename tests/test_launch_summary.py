@@ -40,15 +40,13 @@ def test_the_end_of_a_stage_is_one_line() -> None:
     assert done_line(metrics) == "done in 35.6 s: accuracy 0.9944, 579,098 parameters, 9,880,832 MACs, 2.326 MB"
 
 
-def test_a_slow_network_is_not_timed_with_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(under_test, "_LATENCY_SECONDS", 0.01)
-    network, image = nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8)
-    found = latencies(network, image)
-    assert all(value is not None and value > 0 for value in found.values())
-    monkeypatch.setattr(under_test, "_PATIENCE", 0.0)
-    found = latencies(network, image)
-    assert found["latency_ms_1"]
-    assert found["latency_ms_64"] is None
+@pytest.mark.parametrize(("single", "large"), [(2.0, 2.0), (20.0, None)])
+def test_a_slow_network_is_not_timed_with_many_images(
+    single: float, large: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(under_test, "latency", lambda _, __, sizes, ___: dict.fromkeys(sizes, single))
+    found = latencies(nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8))
+    assert found == {"latency_ms_1": single, "latency_ms_64": large}
 
 
 def test_images_are_known_by_what_was_written_of_them(tmp_path: Path) -> None:

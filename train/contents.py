@@ -35,10 +35,11 @@ class _Values:
     skipped: Annotated[int, Field(ge=0)]
     wandb_id: Annotated[str, Field(pattern="^[0-9a-z]{1,40}$")] | None
     scaler: dict[str, float | int]
+    slimmed: str | None = None
 
 
-def check_contents(training: Training, snapshot: Snapshot) -> None:
-    """Raise ValueError, before anything is restored, unless the snapshot holds what `Saver.save` puts in one.
+def check_values(training: Training, snapshot: Snapshot) -> None:
+    """Raise ValueError, before anything is restored, unless the snapshot's values are those of `Saver.save`.
 
     Hashes say that files are those that were written, not by whom: a checkpoint may come from a stranger.
     """
@@ -56,16 +57,23 @@ def check_contents(training: Training, snapshot: Snapshot) -> None:
         raise ValueError(f"metrics of {len(values.metrics)} epochs, {values.epoch} were done")
     if not values.scaler.keys() <= training.run.scaler_state().keys():
         raise ValueError("a loss scaler's state that is none")
+    if values.slimmed is not None and training.slimming is None:
+        raise ValueError("a network that was slimmed while it trained")
+
+
+def check_tensors(training: Training, snapshot: Snapshot) -> None:
+    """Raise ValueError unless the snapshot holds the tensors of what is trained now, as `Saver.save` puts them in."""
+    world_size = snapshot.values["world_size"]
     have = {name: (tensor.shape, tensor.dtype) for name, tensor in snapshot.tensors.items()}
-    if values.world_size > len(have):  # else the next lines would take as long as it says
-        raise ValueError(f"{len(have)} tensors of {values.world_size} processes")
+    if world_size > len(have):  # else the next lines would take as long as it says
+        raise ValueError(f"{len(have)} tensors of {world_size} processes")
     want = {
         f"{prefix}/{name}": (shape, torch.float32)
         for prefix in ("weights", "momenta")
         for name, shape in training.masters.shapes.items()
     }
     random = torch.get_rng_state()
-    for rank in range(values.world_size):
+    for rank in range(world_size):
         own = {f"buffers/{name}": (value.shape, value.dtype) for name, value in training.trained.named_buffers()}
         own |= {"rng/cpu": (random.shape, random.dtype)}
         optional = {"sums": (torch.Size([3]), torch.float64), "rng/cuda": (torch.Size([16]), torch.uint8)}
@@ -74,9 +82,9 @@ def check_contents(training: Training, snapshot: Snapshot) -> None:
     odd = sorted(name for name in {*want, *have} if want.get(name) != have.get(name))
     if odd:
         raise ValueError(f"{len(odd)} tensors are missing, unexpected or of another shape, as {odd[0]!r:.80}")
-    if len({f"ranks/{rank}/sums" in have for rank in range(values.world_size)}) > 1:
+    if len({f"ranks/{rank}/sums" in have for rank in range(world_size)}) > 1:
         raise ValueError("sums of some ranks only")
-    for rank in range(values.world_size):
+    for rank in range(world_size):
         try:
             torch.Generator().set_state(snapshot.tensors[f"ranks/{rank}/rng/cpu"])
         except RuntimeError as error:

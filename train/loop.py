@@ -1,7 +1,7 @@
 """The only training loop: sparsity training and fine-tuning are the same function with and without a penalty."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netslim.train.evaluate import evaluate
+from netslim.train.masters import Fragment
 from netslim.train.meters import Waits, forget_peak_memory, peak_memory
 from netslim.train.optim import FitConfig, learning_rate, make_optimizer, travel
 from netslim.train.pace import Leg
 from netslim.train.progress import Progress, Saver
 from netslim.train.record import Record
 from netslim.train.runtime import Runtime
-from netslim.train.sparsity import GammaPenalty, SparsityConfig, describe_pull, gamma_summary
+from netslim.train.sparsity import BetaFade, GammaPenalty, SparsityConfig, describe_pull, gamma_summary
 from netslim.train.statistics import freeze, synchronise
 
 Batch = tuple[Tensor, Tensor]
@@ -35,6 +36,33 @@ class TestBatches(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
+class Slimming(Protocol):
+    """What makes a network smaller while it trains; every rank calls every method alike."""
+
+    @property
+    def state(self) -> str | None:
+        """Which channels are gone, as JSON; None: none."""
+
+    @property
+    def num_gone(self) -> int:
+        """Channels that were removed."""
+
+    def is_due(self, epochs: int) -> bool:
+        """Whether it is time after so many epochs."""
+
+    def shrink(self, model: nn.Module, momenta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] | None:
+        """Make the smaller network, with the momentum of what stays; None where nothing can go."""
+
+    def restore(self, state: str) -> nn.Module:
+        """Make a network, of any weights, in the shapes that a checkpoint's ``state`` says."""
+
+    def gammas(self) -> list[nn.Parameter]:
+        """Those of the present network that are penalised."""
+
+    def metrics(self) -> dict[str, float]:
+        """What an epoch's metrics say of the present network."""
+
+
 def fit(
     model: nn.Module,
     train: TrainBatches,
@@ -46,17 +74,19 @@ def fit(
     gammas: Sequence[nn.Parameter] = (),
     sparsity: SparsityConfig | None = None,
     saver: Saver | None = None,
+    slimming: Slimming | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place, on all ranks, and return the metrics of the last epoch (the same on every rank).
 
     With ``sparsity`` the given ``gammas`` (parameters of ``model``) are penalised. With a ``saver`` training goes on
     from its newest checkpoint, and leaves new ones. Afterwards the model is unwrapped, its BatchNorm statistics
-    reconciled, weights and buffers bitwise equal on all ranks.
+    reconciled, weights and buffers bitwise equal on all ranks. With ``slimming`` that holds of the network which it has
+    made of the model.
     Raises FloatingPointError naming step and rank where a loss or gradient is not finite, and ``config`` does not
     allow to leave the step out; the weights are then those of the step before. Raises Preempted, after a checkpoint,
     where a signal asks to stop.
     """
-    training = Training(model, train, config, run, record, gammas, sparsity)
+    training = Training(model, train, config, run, record, gammas, sparsity, slimming)
     saver = saver or Saver(None, run)
     try:
         progress = saver.resume(training) or Progress()
@@ -64,6 +94,7 @@ def fit(
             with run.at(f"epoch {progress.epoch + 1}"):
                 training.train_epoch(progress, saver)
                 training.finish_epoch(progress, evaluate_on=test)
+                training.slim(progress)
             saver.after_epoch(training, progress)
         saver.settle()
     finally:
@@ -71,12 +102,12 @@ def fit(
     training.bring_back()
     training.restore_layers()
     run.release()
-    run.check_equal(model, f"after {record.stage}")
+    run.check_equal(training.model, f"after {record.stage}")
     return progress.metrics[-1]
 
 
 class Training:
-    """What stays the same over all epochs of one `fit`: the model, its engine, its penalty."""
+    """What one `fit` trains: the model, its engine, its penalty; the model may be exchanged for a smaller one."""
 
     def __init__(
         self,
@@ -87,27 +118,80 @@ class Training:
         record: Record,
         gammas: Sequence[nn.Parameter],
         sparsity: SparsityConfig | None,
+        slimming: Slimming | None = None,
     ) -> None:
         run.reseed()  # so that a stage does not depend on whether those before it ran in the same process
-        model.to(run.device, memory_format=run.memory_format)  # type: ignore[call-overload]
-        self.model, self.train, self.config, self.run, self.record = model, train, config, run, record
-        self.gammas = list(gammas) if sparsity is not None else []
+        self.train, self.config, self.run, self.record = train, config, run, record
+        self.sparsity, self.slimming = sparsity, slimming
         self.steps_per_epoch = len(train) // run.config.accumulation
-        self.trained = run.trainee(model)
-        self.restore_layers = synchronise(self.trained) if run.config.batch_norm == "sync" else lambda: None
         self.changing: list[Tensor] = []
         """Statistics and sums, which a step changes even if it is left out; empty where none may be."""
         self.before_step: list[Tensor] = []
-        self.optimizer = make_optimizer(self.trained, config)
-        supervised = Supervised(self.trained, config.label_smoothing, run.autocast)
-        self.wrapped, self.stepper = run.prepare(supervised, self.optimizer, config.clip)
-        self.masters = run.masters(self.trained, self.wrapped, self.optimizer)
+        self.take(model, gammas)
         if sparsity is not None:
-            penalty = GammaPenalty(gammas, sparsity.weight, sparsity.method)
-            penalty.attach(self.optimizer, self.masters.fragments_of(_names_of(gammas, model)))
             line, is_warning = describe_pull(gammas, sparsity.weight, travel(config, self.steps_per_epoch))
             record.say(line, warning=is_warning)
+
+    def take(self, model: nn.Module, gammas: Sequence[nn.Parameter]) -> None:
+        """Give the model to the engine, with an optimizer and the penalty on its gammas."""
+        run = self.run
+        model.to(run.device, memory_format=run.memory_format)  # type: ignore[call-overload]
+        self.model, self.gammas = model, list(gammas) if self.sparsity is not None else []
+        self.trained = run.trainee(model)
+        self.restore_layers = synchronise(self.trained) if run.config.batch_norm == "sync" else lambda: None
+        self.optimizer = make_optimizer(self.trained, self.config)
+        supervised = Supervised(self.trained, self.config.label_smoothing, run.autocast)
+        self.wrapped, self.stepper = run.prepare(supervised, self.optimizer, self.config.clip)
+        self.masters = run.masters(self.trained, self.wrapped, self.optimizer)
+        if self.sparsity is not None:
+            penalty = GammaPenalty(gammas, self.sparsity.weight, self.sparsity.method)
+            names = _names_of(gammas, model)
+            penalty.attach(self.optimizer, self.masters.fragments_of(names))
+            if self.slimming is not None:
+                BetaFade(self.sparsity.weight).attach(self.optimizer, self.betas(names))
         self.forward = torch.compile(self.wrapped) if run.config.compile else self.wrapped
+
+    def betas(self, gammas: Sequence[str]) -> list[tuple[Fragment, Tensor]]:
+        """What this rank steps of the betas beside these gammas, each with the gamma that the forward pass reads."""
+        live = dict(self.trained.named_parameters())
+        found: list[tuple[Fragment, Tensor]] = []
+        for name in gammas:
+            beta = f"{name.removesuffix('weight')}bias"
+            fragment = self.masters.fragment_of(beta) if beta in self.masters.shapes else None
+            if fragment is not None:
+                found.append((fragment, live[name]))
+        return found
+
+    def exchange(self, model: nn.Module, gammas: Sequence[nn.Parameter], momenta: Mapping[str, Tensor]) -> None:
+        """Go on with another model, whose parameters have these momenta; the draws of dropout go on too."""
+        draws = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.run.device.type == "cuda" else [])]
+        self.restore_layers()
+        self.run.release()
+        self.take(model, gammas)
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.masters.restore(weights, momenta)
+        torch.set_rng_state(draws[0])
+        if draws[1:]:
+            torch.cuda.set_rng_state(draws[1])
+
+    def slim(self, progress: Progress) -> None:
+        """Where it is time, remove the channels that have come to zero; the schedule and the data go on."""
+        slimming = self.slimming
+        if slimming is None or progress.epoch == self.config.epochs or not slimming.is_due(progress.epoch):
+            return
+        smaller = slimming.shrink(self.model, self.masters.momenta())
+        if smaller is not None:
+            model, momenta = smaller
+            self.exchange(model, slimming.gammas(), momenta)
+            self.record.say(f"{slimming.num_gone} channels are gone for good, after epoch {progress.epoch}")
+
+    def resume_slimmed(self, state: str | None) -> None:
+        """Take a network in the shapes of a checkpoint, whose weights and momenta are yet to be read."""
+        if state is not None:
+            assert self.slimming is not None, "asked before"
+            model = self.slimming.restore(state)
+            zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+            self.exchange(model, self.slimming.gammas(), zeros)
 
     def train_epoch(self, progress: Progress, saver: Saver) -> None:
         """Take the steps of the epoch that are left."""
@@ -216,10 +300,16 @@ class Training:
             "seconds": progress.seconds_so_far(),
             "checkpoint_seconds": progress.saving_seconds,
             "skipped_steps": progress.skipped,
-            **(gamma_summary(self.gammas) if self.gammas else {}),
+            **(self.gammas_now() if self.gammas else {}),
         }
         progress.next_epoch(metrics)
         self.record.epoch(metrics, self.model, of=self.config.epochs)
+
+    def gammas_now(self) -> dict[str, float]:
+        """How far the gammas are; those of channels that are gone are 0."""
+        gone = torch.zeros(0 if self.slimming is None else self.slimming.num_gone, device=self.run.device)
+        found = gamma_summary([*self.gammas, gone])
+        return found if self.slimming is None else {**found, **self.slimming.metrics()}
 
     def bring_back(self) -> None:
         """Give the model the weights and statistics of the copy that ZeRO trains."""

@@ -64,6 +64,10 @@ class Masters:
         self._sum_over_ranks = sum_over_ranks
         """None: every rank has all of every parameter."""
 
+    def fragment_of(self, name: str) -> Fragment | None:
+        """The piece of this parameter that this rank steps; None where there is none."""
+        return self._fragments[name]
+
     def fragments_of(self, names: Sequence[str]) -> list[Fragment]:
         """The pieces of these parameters that this rank steps."""
         found = (self._fragments[name] for name in names)

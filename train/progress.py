@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
 from netslim.train.checkpoint import Snapshot, Store
-from netslim.train.contents import check_contents
+from netslim.train.contents import check_tensors, check_values
 from netslim.train.runtime import Runtime
 from netslim.train.statistics import combined
 
@@ -140,6 +140,7 @@ class Saver:
                 "skipped": progress.skipped,
                 "world_size": self.run.world_size,
                 "scaler": self.run.scaler_state(),
+                "slimmed": training.slimming.state if training.slimming is not None else None,
             }
             snapshot, best = Snapshot(training.step_number(progress), tensors, values), _best_step(progress.metrics)
             self._writing = self._writer.submit(self.store.save, snapshot, best)
@@ -179,19 +180,30 @@ class Saver:
         if step is None:
             return None
 
+        def refuse(error: ValueError) -> ValueError:
+            return ValueError(
+                f"the checkpoint after step {step} in {store.directory} is not one that this run saves ({error}); "
+                "use another --run-dir, or delete the directory"
+            )
+
         def read() -> Snapshot:
             snapshot = store.read(step)
             self._check_identity(snapshot)
             try:
-                check_contents(training, snapshot)
+                check_values(training, snapshot)
             except ValueError as error:
-                raise ValueError(
-                    f"the checkpoint after step {step} in {store.directory} is not one that this run saves ({error}); "
-                    "use another --run-dir, or delete the directory"
-                ) from None
+                raise refuse(error) from None
             return snapshot
 
+        def check() -> None:
+            try:
+                check_tensors(training, snapshot)
+            except ValueError as error:
+                raise refuse(error) from None
+
         snapshot = self.run.on_all(read)
+        training.resume_slimmed(snapshot.values.get("slimmed"))
+        self.run.on_all(check)
         progress = _restore(training, snapshot)
         record.resume(progress.metrics, snapshot.values.get("wandb_id"))
         record.say(f"goes on from the checkpoint after step {step}")

@@ -20,6 +20,18 @@ class SparsityConfig:
     """Lambda: weight of the L1 term on all prunable BatchNorm scales, per optimizer step."""
     method: Literal["subgradient", "proximal"] = "subgradient"
     """subgradient: lambda x sign(gamma) joins the gradient; proximal: soft threshold after the step, true zeros."""
+    reconfigure_every: Annotated[int, Field(ge=1)] | None = None
+    """Epochs after which channels that have come to zero are removed while training goes on (PruneTrain, Lym et al.
+    2019, arXiv 1901.09290): it gets cheaper, and computes the same. They count in every ratio. None: never."""
+    reconfigure_below: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """|gamma| up to which a channel counts as zero then. Above 0 its removal changes the network, by as little."""
+
+    def __post_init__(self) -> None:
+        if self.reconfigure_every and self.method == "subgradient" and not self.reconfigure_below:
+            raise ValueError(
+                "sparsity.reconfigure_every removes channels at zero, which the subgradient never reaches; "
+                "use sparsity.method proximal, or say by sparsity.reconfigure_below what is near enough"
+            )
 
 
 class GammaPenalty:
@@ -107,6 +119,46 @@ class GammaPenalty:
     def _of(self, group: dict[str, Any]) -> list[Fragment]:
         """The pieces of gammas that a parameter group of the optimizer steps now."""
         return [piece for owner in group["params"] for piece in self._fragments.get(id(owner), ())]
+
+
+class BetaFade:
+    """Draws the beta of a channel whose gamma is zero to zero as well, by the proximal step, so that nothing is left.
+
+    Such a channel gives a constant, for which what normalises after it makes up, but not at padded borders: while beta
+    is not zero the channel can't be removed without a trace. The gamma is that before the step, which every engine has.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def attach(self, optimizer: torch.optim.Optimizer, pieces: Sequence[tuple[Fragment, Tensor]]) -> Self:
+        """Hook it into ``optimizer.step``; pieces of betas that this rank's optimizer steps, each with its gamma."""
+        self._pieces: dict[int, list[tuple[Fragment, Tensor]]] = defaultdict(list)
+        for fragment, gamma in pieces:
+            self._pieces[id(fragment.owner)].append((fragment, gamma))
+        self._idle: dict[int, list[Tensor]] = {}
+        optimizer.register_step_pre_hook(self._look)
+        optimizer.register_step_post_hook(self._shrink)
+        return self
+
+    @torch.no_grad()
+    def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for owner in (owner for group in optimizer.param_groups for owner in group["params"]):
+            self._idle[id(owner)] = [
+                gamma.detach().narrow(0, fragment.offset, fragment.count) == 0
+                for fragment, gamma in self._pieces.get(id(owner), ())
+            ]
+
+    @torch.no_grad()
+    def _shrink(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            owners = group["params"]
+            betas = [f.of(f.owner.detach()).view(-1) for owner in owners for f, _ in self._pieces.get(id(owner), ())]
+            if betas:
+                shrunk = [beta.clone() for beta in betas]
+                soft_threshold_(shrunk, self.weight * group["lr"] / (1 - group.get("momentum", 0.0)))
+                idle = [mask for owner in owners for mask in self._idle[id(owner)]]
+                torch._foreach_copy_(betas, list(map(torch.where, idle, shrunk, betas)))
 
 
 def soft_threshold_(values: list[Tensor], threshold: float) -> None:

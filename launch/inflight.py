@@ -1,0 +1,115 @@
+"""Slimming in flight: channels that sparsity training has brought to zero are cut while it goes on."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from netslim.prune import ChannelMap, Plan, Rules, absorb, choose_zeros, cost, cut, embed, norm_of, open_gammas
+from netslim.train import Runtime, SparsityConfig
+
+_GONE, _IDLE, _ALIVE = 0.0, 1.0, 2.0
+"""Scores: what is gone goes first, so that no rule can bring it back; what is alive does not go."""
+
+
+class InFlight:
+    """The network of a sparsity training that gets smaller, and the plan by which it was made of the whole one.
+
+    Rank 0 makes each plan, of the whole network: what is gone counts as a channel with gamma 0, so that floors and, in
+    the end, the ratio mean the same as without.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        model: nn.Module,
+        plan: Plan | None,
+        channels: ChannelMap,
+        rules: Rules,
+        config: SparsityConfig,
+        run: Runtime,
+        example: Tensor,
+    ) -> None:
+        """``dense`` is the whole network, ``model`` what is trained of it, by a ``plan`` or all of it.
+
+        ``example`` (2, 3, height, width): images by which constants are told from values.
+        """
+        self.dense, self.model, self.plan, self.first = copy.deepcopy(dense), model, plan, plan
+        self.channels, self.config, self.run, self.example = channels, config, run, example
+        self.rules = replace(rules, target="channels", score="gamma", reduce="max")
+        self._macs: dict[str | None, int] = {}
+
+    @property
+    def state(self) -> str | None:
+        return None if self.plan is None or self.plan is self.first else self.plan.to_json()
+
+    @property
+    def num_gone(self) -> int:
+        """Channels that were removed in flight."""
+        return (self.plan.num_removed if self.plan else 0) - (self.first.num_removed if self.first else 0)
+
+    def is_due(self, epochs: int) -> bool:
+        return self.config.reconfigure_every is not None and epochs % self.config.reconfigure_every == 0
+
+    def shrink(self, model: nn.Module, momenta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] | None:
+        whole = self.whole(model)
+        plan = Plan.from_json(self.run.on_main(lambda: self._choose(whole).to_json()))
+        if plan.num_removed == (self.plan.num_removed if self.plan else 0):
+            return None
+        small, moving = cut(whole, plan), cut(self.whole(_with_momenta(model, momenta)), plan)
+        if self.config.reconfigure_below:
+            absorb(whole, small, plan, self.example)
+        self.run.check_equal(small, "after a cut in flight")
+        self.plan, self.model = plan, small
+        return small, {name: parameter.detach() for name, parameter in moving.named_parameters()}
+
+    def restore(self, state: str) -> nn.Module:
+        self.plan = Plan.from_json(state)
+        self.model = cut(self.dense, self.plan)
+        return self.model
+
+    def gammas(self) -> list[nn.Parameter]:
+        return open_gammas(self.dense, self.channels, self.rules, self.model)
+
+    def metrics(self) -> dict[str, float]:
+        return {"channels_gone": self.num_gone, "macs": self._price(self.state, self.model)}
+
+    def whole(self, model: nn.Module) -> nn.Module:
+        """The whole network, in which the channels that are gone have gamma and beta 0."""
+        return model if self.plan is None else embed(self.dense, model, self.plan)
+
+    def result(self) -> nn.Module:
+        """The network in the shapes that it had before the first cut in flight."""
+        whole = self.whole(self.model)
+        return whole if self.first is None else cut(whole, self.first)
+
+    def _choose(self, whole: nn.Module) -> Plan:
+        kept = {} if self.plan is None else {layer.name: layer.kept for layer in self.plan.layers}
+        scores = {}
+        for name, gamma in self.channels.named_gammas(whole, self.rules.coupling).items():
+            magnitude = gamma.detach().abs().double().cpu()
+            idle = magnitude <= self.config.reconfigure_below
+            beta = norm_of(whole, name).bias
+            if beta is not None and not self.config.reconfigure_below:  # else what is left of it is absorbed
+                idle &= beta.detach().cpu() == 0
+            score = torch.where(idle, _IDLE, _ALIVE + magnitude)
+            gone = torch.ones(len(score), dtype=torch.bool)
+            gone[list(kept.get(name, range(len(score))))] = False
+            scores[name] = score.masked_fill(gone, _GONE)
+        return choose_zeros(scores, self.channels, self.rules, _IDLE)
+
+    def _price(self, state: str | None, model: nn.Module) -> int:
+        if state not in self._macs:
+            self._macs[state] = cost(model, self.example[:1]).macs
+        return self._macs[state]
+
+
+def _with_momenta(model: nn.Module, momenta: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model that holds momenta in the places of the parameters."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(momenta[name]) if name in momenta else parameter.zero_()
+    return twin

@@ -1,0 +1,201 @@
+"""Channels that sparsity training has brought to zero are cut while it goes on, and nothing else changes."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_launch_cli import Netslim, assert_one_line, smallest
+from test_train_distributed import Images, Shares, new_runtime
+from test_train_resume import CrashError, Dying, assert_equal, lines, momenta
+from torch import Tensor, nn
+
+from netslim.launch.config import RunConfig
+from netslim.launch.inflight import InFlight
+from netslim.prune import Rules, choose_zeros, map_channels, open_gammas
+from netslim.train import (
+    CheckpointConfig,
+    EngineConfig,
+    FitConfig,
+    ModelConfig,
+    Record,
+    Saver,
+    SparsityConfig,
+    Store,
+    build_model,
+    evaluate,
+    fit,
+)
+
+STEPS, EPOCHS = 6, 4
+CONFIG = FitConfig(epochs=EPOCHS, lr=0.05, schedule="constant")
+PROXIMAL = SparsityConfig(weight=0.06, method="proximal", reconfigure_every=1)
+EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+class Observed(InFlight):
+    """Keeps the test loss before and after each cut."""
+
+    def __init__(self, *arguments: Any, shares: Shares) -> None:
+        super().__init__(*arguments)
+        self.shares, self.losses = shares, []
+
+    def shrink(self, model: nn.Module, momenta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] | None:
+        before = evaluate(model, self.shares, self.run).loss
+        found = super().shrink(model, momenta)
+        if found is not None:
+            after = evaluate(found[0].to(self.run.device), self.shares, self.run).loss
+            self.losses.append((before, after, self.num_gone))
+        return found
+
+
+def train(
+    directory: Path,
+    engine: EngineConfig,
+    sparsity: SparsityConfig = PROXIMAL,
+    die_after: int | None = None,
+) -> dict[str, Any]:
+    """What the training came to: weights in the shapes of the whole network, and the losses around each cut."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DeepSpeed's own
+        run = new_runtime(engine)
+        dense = build_model(ModelConfig(name="vgg11", width=0.125, initial_gamma=0.5), num_classes=10, seed=3)
+        draws = torch.Generator().manual_seed(5)
+        for norm in (module for module in dense.modules() if isinstance(module, nn.BatchNorm2d)):
+            nn.init.uniform_(norm.weight, 0.05, 1.0, generator=draws)  # so that they do not all arrive at once
+        channels, rules = map_channels(dense, EXAMPLE, "group"), Rules(min_share=0.1)
+        shares = Shares(run, 20)
+        slimming = Observed(dense, dense, None, channels, rules, sparsity, run, EXAMPLE, shares=shares)
+        images = Images(run, STEPS) if die_after is None else Dying(run, STEPS, batches=die_after)
+        checkpoint = CheckpointConfig(steps=1, keep=100)
+        saver = Saver(Store(directory / "checkpoints", 100), run, checkpoint, {"stage": "sparse"})
+        with Record("sparse", directory, is_main=run.is_main) as record:
+            fit(
+                dense,
+                images,
+                shares,
+                CONFIG,
+                run=run,
+                record=record,
+                gammas=open_gammas(dense, channels, rules),
+                sparsity=sparsity,
+                saver=saver,
+                slimming=slimming,
+            )
+    return {"weights": slimming.result().state_dict(), "losses": slimming.losses, "gone": slimming.num_gone}
+
+
+@pytest.mark.parametrize(
+    ("zero", "world_size"),
+    [(0, 1), (0, 2), (2, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (1, 2), (2, 1)))],
+)
+def test_the_loss_is_the_same_before_and_after_a_cut(zero: int, world_size: int, tmp_path: Path) -> None:
+    engine = EngineConfig(zero=zero)  # type: ignore[arg-type]
+    for found in run_ranks(train, world_size, tmp_path, tmp_path / "run", engine):
+        assert len(found["losses"]) >= 2, "cuts"
+        assert found["gone"] > 100
+        for before, after, _ in found["losses"]:
+            assert abs(before - after) <= 1e-5
+    channels_gone = [line["channels_gone"] for line in lines(tmp_path / "run")]
+    assert channels_gone == sorted(channels_gone)
+    macs = [line["macs"] for line in lines(tmp_path / "run")]
+    assert macs[-1] < 0.7 * macs[0]
+
+
+def test_every_engine_trains_to_the_same_weights(tmp_path: Path) -> None:
+    engines = [EngineConfig(batch_norm="frozen", zero=zero) for zero in (0, 1, 2)]  # type: ignore[arg-type]
+    found = []
+    for index, engine in enumerate(engines):
+        (tmp_path / str(index)).mkdir()
+        found.append(run_ranks(train, 1 + index % 2, tmp_path / str(index), tmp_path / f"{index}-run", engine)[0])
+    assert found[0]["gone"] > 0
+    for other in found[1:]:
+        assert other["gone"] == found[0]["gone"]
+        for name, want in found[0]["weights"].items():
+            torch.testing.assert_close(other["weights"][name], want, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def train_and_crash(directory: Path, engine: EngineConfig, crashes: list[int]) -> dict[int, dict[str, Any]]:
+    found = {}
+    for crash in (-1, *crashes):
+        place = directory / str(crash)
+        if crash >= 0:
+            with pytest.raises(CrashError):
+                train(place, engine, die_after=crash)
+        found[crash] = {**train(place, engine), "checkpoint": momenta(place)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("zero", "world_size"),
+    [(0, 2), (2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 1), (1, 2)))],
+)
+def test_a_crash_after_any_batch_around_a_cut_changes_nothing(zero: int, world_size: int, tmp_path: Path) -> None:
+    engine = EngineConfig(zero=zero)  # type: ignore[arg-type]
+    crashes = [STEPS - 1, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS - 1] if zero == 0 else [2 * STEPS, 2 * STEPS + 1]
+    for results in run_ranks(train_and_crash, world_size, tmp_path, tmp_path / "runs", engine, crashes):
+        assert results[-1]["losses"][0][2] < results[-1]["gone"], "more than one cut"
+        for crash, result in results.items():
+            assert_equal(result["weights"], results[-1]["weights"])
+            assert_equal(result["checkpoint"], results[-1]["checkpoint"])
+            assert lines(tmp_path / "runs" / str(crash)) == lines(tmp_path / "runs" / "-1")
+
+
+def test_channels_near_zero_go_by_the_subgradient_and_their_constants_stay(tmp_path: Path) -> None:
+    near = replace(PROXIMAL, method="subgradient", reconfigure_below=0.05)
+    (found,) = run_ranks(train, 1, tmp_path, tmp_path / "run", EngineConfig(), near)
+    assert found["gone"] > 20
+    for before, after, _ in found["losses"]:
+        assert before != after
+        assert abs(before - after) < 0.1
+
+
+def test_what_is_gone_has_gamma_and_beta_zero_and_a_ratio_counts_it(
+    netslim: Netslim, tmp_path: Path, data_cache: Path
+) -> None:
+    flags = [*smallest(tmp_path / "run", data_cache), "--sparsify.epochs", 3, "--sparsity.method", "proximal"]
+    flags += [
+        "--sparsity.weight",
+        0.5,
+        "--sparsity.reconfigure-every",
+        1,
+        "--prune.ratio",
+        0.5,
+        "--record.wandb",
+        "disabled",
+    ]
+    code, said = netslim("run", *flags)
+    assert code == 0, said
+    last = json.loads((tmp_path / "run" / "sparse" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["channels_gone"] > 0
+    plan = json.loads((tmp_path / "run" / "prune-0.50" / "plan.json").read_text())
+    assert plan["num_removed"] == plan["num_channels"] // 2
+
+
+def test_zeros_go_but_for_what_the_rules_hold() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    model = nn.Sequential(*model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    channels = map_channels(model, EXAMPLE, "group")
+    scores = {"1": torch.tensor([0.0, 2, 0, 0, 0, 3]), "4": torch.tensor([0.0, 0, 0, 0])}
+    plan = choose_zeros(scores, channels, Rules(min_channels=3))
+    assert {layer.name: layer.kept for layer in plan.layers} == {"1": (1, 4, 5), "4": (1, 2, 3)}
+    assert plan.ratio == plan.num_removed / plan.num_channels == 0.4
+    assert choose_zeros({name: score + 1 for name, score in scores.items()}, channels, Rules()).num_removed == 0
+
+
+def test_a_penalty_that_brings_nothing_to_zero_is_refused(netslim: Netslim, tmp_path: Path, data_cache: Path) -> None:
+    flags = [*smallest(tmp_path / "run", data_cache), "--sparsity.reconfigure-every", 1]
+    code, said = netslim("run", *flags)
+    assert code == 2
+    assert_one_line(said, "sparsity.reconfigure_every", "proximal", "sparsity.reconfigure_below")
+    assert not (tmp_path / "run").exists()
+
+
+def test_zero_stage_3_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"engine\.zero 0, 1 or 2"):
+        RunConfig(sparsity=PROXIMAL, engine=EngineConfig(zero=3))
