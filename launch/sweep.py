@@ -15,7 +15,7 @@ from netslim.data import check_batch_size, prepare
 from netslim.launch.artefacts import FAILED_MARK, METRICS, PREEMPTED_MARK, stage_directories
 from netslim.launch.cluster import count_processes, end_with_launcher, launch
 from netslim.launch.compare import compare_runs
-from netslim.launch.config import RunConfig, parse, read_flags
+from netslim.launch.config import RunConfig, differences, parse, read_flags, to_dict
 from netslim.launch.grid import INDEX, Member, Sweep
 from netslim.launch.mistakes import INTERRUPTED, PREEMPTED, guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
@@ -95,6 +95,12 @@ def new_sweep(preset: str, config: SweepConfig, flags: Sequence[str]) -> Sweep:
         raise ValueError(f"the grid has {len(members):,} members; give --yes if that is meant")
     sweep = Sweep(directory, preset, base, members, [], {})
     if before is not None:
+        differing = differences(to_dict(before.base), to_dict(base))
+        if differing:
+            raise ValueError(
+                f"{directory} holds a sweep of another configuration: {'; '.join(differing)}. "
+                "Use the same values, or another --run-dir"
+            )
         every = [*before.members, *(member for member in members if member not in before.members)]
         sweep.members, sweep.slurm, sweep.jobs = every, before.slurm, before.jobs
     return sweep

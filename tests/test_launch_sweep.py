@@ -79,10 +79,13 @@ def test_the_index_says_what_is_in_the_sweep(sweep: Path) -> None:
     assert {m["name"] for m in index["members"]} <= {path.name for path in sweep.iterdir()}
 
 
-def test_the_command_with_more_values_adds_to_the_grid(sweep: Path) -> None:
+def test_the_command_with_more_values_adds_to_the_grid(sweep: Path, flags: list[object]) -> None:
     before = Sweep.read(sweep).members
-    after = new_sweep("digits", SweepConfig(weights=(0.0,), ratios=(0.5, 0.7)), ["--run-dir", str(sweep)]).members
+    same = [str(flag) for flag in ("--run-dir", sweep, *flags)]
+    after = new_sweep("digits", SweepConfig(weights=(0.0,), ratios=(0.5, 0.7)), same).members
     assert after == [*before, Member(0.0, 0, 0.7)]
+    with pytest.raises(ValueError, match=r"another configuration: sparsify\.lr was 0\.1, now 0\.3"):
+        new_sweep("digits", SweepConfig(), [*same, "--sparsify.lr", "0.3"])
 
 
 @pytest.mark.parametrize(
