@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from netslim.launch.config import RunConfig
 from netslim.launch.inflight import InFlight
-from netslim.prune import Rules, choose_zeros, map_channels, open_gammas
+from netslim.prune import Coupling, Rules, choose_zeros, map_channels, open_gammas
 from netslim.train import (
     CheckpointConfig,
     EngineConfig,
@@ -35,6 +35,7 @@ from netslim.train import (
 STEPS, EPOCHS = 6, 4
 CONFIG = FitConfig(epochs=EPOCHS, lr=0.05, schedule="constant")
 PROXIMAL = SparsityConfig(weight=0.06, method="proximal", reconfigure_every=1)
+VGG = ModelConfig(name="vgg11", width=0.125)
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
@@ -59,16 +60,18 @@ def train(
     engine: EngineConfig,
     sparsity: SparsityConfig = PROXIMAL,
     die_after: int | None = None,
+    network: ModelConfig = VGG,
+    coupling: Coupling = "group",
 ) -> dict[str, Any]:
     """What the training came to: weights in the shapes of the whole network, and the losses around each cut."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own
         run = new_runtime(engine)
-        dense = build_model(ModelConfig(name="vgg11", width=0.125, initial_gamma=0.5), num_classes=10, seed=3)
+        dense = build_model(network, num_classes=10, seed=3)
         draws = torch.Generator().manual_seed(5)
         for norm in (module for module in dense.modules() if isinstance(module, nn.BatchNorm2d)):
             nn.init.uniform_(norm.weight, 0.05, 1.0, generator=draws)  # so that they do not all arrive at once
-        channels, rules = map_channels(dense, EXAMPLE, "group"), Rules(min_share=0.1)
+        channels, rules = map_channels(dense, EXAMPLE, coupling), Rules(min_share=0.1, coupling=coupling)
         shares = Shares(run, 20)
         slimming = Observed(dense, dense, None, channels, rules, sparsity, run, EXAMPLE, shares=shares)
         images = Images(run, STEPS) if die_after is None else Dying(run, STEPS, batches=die_after)
@@ -144,6 +147,32 @@ def test_a_crash_after_any_batch_around_a_cut_changes_nothing(zero: int, world_s
             assert_equal(result["weights"], results[-1]["weights"])
             assert_equal(result["checkpoint"], results[-1]["checkpoint"])
             assert lines(tmp_path / "runs" / str(crash)) == lines(tmp_path / "runs" / "-1")
+
+
+def test_a_damaged_plan_in_a_checkpoint_is_named(tmp_path: Path) -> None:
+    run_ranks(crash_with_another_plan, 1, tmp_path, tmp_path / "run")
+
+
+def crash_with_another_plan(directory: Path) -> None:
+    with pytest.raises(CrashError):
+        train(directory, EngineConfig(), die_after=3 * STEPS)
+    store = Store(directory / "checkpoints", 100)
+    found = store.newest(print)
+    assert found is not None
+    assert found.values["slimmed"] is not None
+    store.save(replace(found, values={**found.values, "slimmed": "{}"}), None)
+    with pytest.raises(
+        ValueError, match=r"the checkpoint after step \d+ in .*checkpoints is not one that this run saves"
+    ):
+        train(directory, EngineConfig())
+
+
+@pytest.mark.parametrize("coupling", ["group", "select"])
+def test_residual_networks_are_cut_in_flight_too(coupling: Coupling, tmp_path: Path) -> None:
+    network = ModelConfig(name="preresnet20", width=0.5)
+    (found,) = run_ranks(train, 1, tmp_path, tmp_path / "run", EngineConfig(), PROXIMAL, None, network, coupling)
+    assert found["gone"] > 50
+    assert all(abs(before - after) <= 1e-5 for before, after, _ in found["losses"])
 
 
 def test_channels_near_zero_go_by_the_subgradient_and_their_constants_stay(tmp_path: Path) -> None:

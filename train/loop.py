@@ -185,13 +185,18 @@ class Training:
             self.exchange(model, slimming.gammas(), momenta)
             self.record.say(f"{slimming.num_gone} channels are gone for good, after epoch {progress.epoch}")
 
-    def resume_slimmed(self, state: str | None) -> None:
-        """Take a network in the shapes of a checkpoint, whose weights and momenta are yet to be read."""
-        if state is not None:
-            assert self.slimming is not None, "asked before"
-            model = self.slimming.restore(state)
-            zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-            self.exchange(model, self.slimming.gammas(), zeros)
+    def slimmed_model(self, state: str | None) -> nn.Module | None:
+        """The network in the shapes of a checkpoint, if those are smaller; no other rank is asked."""
+        if state is None:
+            return None
+        assert self.slimming is not None, "check_values asks"
+        return self.slimming.restore(state)
+
+    def resume_slimmed(self, model: nn.Module) -> None:
+        """Take what `slimmed_model` gave; its weights and momenta are yet to be read."""
+        assert self.slimming is not None, "it gave the model"
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+        self.exchange(model, self.slimming.gammas(), zeros)
 
     def train_epoch(self, progress: Progress, saver: Saver) -> None:
         """Take the steps of the epoch that are left."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
-from torch import Tensor
+from torch import Tensor, nn
 
 from netslim.train.checkpoint import Snapshot, Store
 from netslim.train.contents import check_tensors, check_values
@@ -20,6 +20,8 @@ from netslim.train.statistics import combined
 
 if TYPE_CHECKING:
     from netslim.train.loop import Training
+
+T = TypeVar("T")
 
 
 @validated(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -180,30 +182,25 @@ class Saver:
         if step is None:
             return None
 
-        def refuse(error: ValueError) -> ValueError:
-            return ValueError(
-                f"the checkpoint after step {step} in {store.directory} is not one that this run saves ({error}); "
-                "use another --run-dir, or delete the directory"
-            )
+        def checked(function: Callable[[], T]) -> T:
+            try:
+                return function()
+            except ValueError as error:
+                raise ValueError(
+                    f"the checkpoint after step {step} in {store.directory} is not one that this run saves ({error}); "
+                    "use another --run-dir, or delete the directory"
+                ) from None
 
-        def read() -> Snapshot:
+        def read() -> tuple[Snapshot, nn.Module | None]:
             snapshot = store.read(step)
             self._check_identity(snapshot)
-            try:
-                check_values(training, snapshot)
-            except ValueError as error:
-                raise refuse(error) from None
-            return snapshot
+            checked(lambda: check_values(training, snapshot))
+            return snapshot, checked(lambda: training.slimmed_model(snapshot.values.get("slimmed")))
 
-        def check() -> None:
-            try:
-                check_tensors(training, snapshot)
-            except ValueError as error:
-                raise refuse(error) from None
-
-        snapshot = self.run.on_all(read)
-        training.resume_slimmed(snapshot.values.get("slimmed"))
-        self.run.on_all(check)
+        snapshot, smaller = self.run.on_all(read)
+        if smaller is not None:
+            training.resume_slimmed(smaller)
+        self.run.on_all(lambda: checked(lambda: check_tensors(training, snapshot)))
         progress = _restore(training, snapshot)
         record.resume(progress.metrics, snapshot.values.get("wandb_id"))
         record.say(f"goes on from the checkpoint after step {step}")
