@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -62,11 +63,21 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
+    def logs(self) -> str:
+        """What the daemons have said last."""
+        files = sorted(Path(self.environment["SLURM_CONF"]).parent.glob("*.log"))
+        return "".join(f"\n{path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in files)
+
     def has_idle_nodes(self, number: int) -> bool:
         """Whether the cluster is up, and so many nodes have nothing to do."""
         with contextlib.suppress(AssertionError):
             return self.call("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(number)
         return False
+
+    def has_left(self, job: str) -> bool:
+        """Whether nothing of a job is on its nodes any more, so that it can be started again."""
+        daemons = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        return self.has_idle_nodes(2) and not any(line.startswith(f"slurmstepd: [{job}.") for line in daemons)
 
     def jobs(self) -> dict[str, str]:
         """The state of each job that has not ended."""

@@ -66,10 +66,12 @@ def test_a_job_that_is_told_to_save_is_requeued_and_ends_as_the_undisturbed_one_
     assert wait_until(lambda: "sparse: epoch 2/8" in log_of(directory, job), 120), log_of(directory, job)
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time limit
     assert wait_until(lambda: cluster.jobs().get(job) == "PENDING", 60), log_of(directory, job)
-    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # it would wait for two minutes
+    # SLURM would wait for two minutes: until the nodes have tidied up, and their clocks are past the first end
+    assert wait_until(lambda: cluster.has_left(job), 60)
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+20")
     cluster.wait()
     assert cluster.field(job, "Restarts") == "1"
-    assert cluster.field(job, "JobState") == "COMPLETED"
+    assert cluster.field(job, "JobState") == "COMPLETED", f"{log_of(directory, job)}{cluster.logs()}"
     assert "sparse: goes on from the checkpoint after step" in log_of(directory, job)
     assert_equal_runs(directory, undisturbed)
     ids = [path.name.rsplit("-", 1)[1] for path in sorted((directory / "wandb").glob("offline-run-*"))]
