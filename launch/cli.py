@@ -154,7 +154,7 @@ def write_data(config: RunConfig) -> int:
 
 def overview() -> str:
     commands = "\n".join(
-        f"  netslim {name} {_SUBJECTS.get(name, 'PRESET')} [flags]".ljust(36) + text for name, text in COMMANDS.items()
+        f"  netslim {name} {_SUBJECTS.get(name, 'PRESET')} [flags]".ljust(39) + text for name, text in COMMANDS.items()
     )
     usage = "usage: netslim COMMAND PRESET [flags]"
     return f"{usage}\n\n{commands}\n\n{list_presets()}\n\nnetslim COMMAND PRESET --help lists all flags."

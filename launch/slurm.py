@@ -70,34 +70,42 @@ _OPTIONS = frozenset(
 """The others."""
 
 
-def split_flags(arguments: Sequence[str], kinds: Sequence[type]) -> tuple[list[str], list[str], list[str]]:
-    """Divide a command line into the flags of ``kinds``, of sbatch (as --name=value) and of the run.
+def split_flags(arguments: Sequence[str], kinds: Sequence[type]) -> tuple[list[list[str]], list[str], list[str]]:
+    """Divide a command line into the flags of each of the ``kinds``, of sbatch (as --name=value) and of the run.
 
     Raises ValueError for an option of sbatch that the script must set itself, and for a flag that nobody knows.
     """
-    own = {f"--{field.name.replace('_', '-')}" for kind in kinds for field in dataclasses.fields(kind)} - {"--options"}
+    owners = {
+        f"--{field.name.replace('_', '-')}": index
+        for index, kind in enumerate(kinds)
+        for field in dataclasses.fields(kind)
+        if field.name != "options"
+    }
     run = {f"--{name.replace('_', '-')}" for name in field_names(RunConfig())} | {"--config", "--model", "--help"}
-    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    own: list[list[str]] = [[] for _ in kinds]
+    options: list[str] = []
+    of_run: list[str] = []
     for flag, values in flag_groups(arguments):
         name, has_value, value = flag.partition("=")
-        plain = re.sub(r"(^--|\.)no-", r"\1", name.replace("_", "-"))
-        if {name.replace("_", "-"), plain} & own:
-            found[0].extend([flag, *values])
-        elif {name.replace("_", "-"), plain} & run or not name.startswith("--"):
-            found[2].extend([flag, *values])
+        dashed = name.replace("_", "-")
+        spellings = {dashed, re.sub(r"(^--|\.)no-", r"\1", dashed)}
+        if owned := spellings & owners.keys():
+            own[owners[owned.pop()]].extend([flag, *values])
+        elif spellings & run or not name.startswith("--"):
+            of_run.extend([flag, *values])
         elif name.removeprefix("--") in _OURS:
             raise ValueError(f"{name} is set by netslim, which the script depends on; leave it out")
         elif name.removeprefix("--") in _OPTIONS:
             given = [*([value] if has_value else []), *values]
             if len(given) > 1:
                 raise ValueError(f"{name} is an option of sbatch and takes one value; got {' '.join(given)}")
-            found[1].append("=".join([name, *given]))
+            options.append("=".join([name, *given]))
         else:
-            names = [*own, *run, *(f"--{option}" for option in _OPTIONS)]
+            names = [*owners, *run, *(f"--{option}" for option in _OPTIONS)]
             close = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
             hint = f"the nearest are {', '.join(close)}" if close else "none has a name like it"
             raise ValueError(f"neither netslim nor sbatch has a flag {name}; {hint}")
-    return found
+    return own, options, of_run
 
 
 def flag_groups(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:

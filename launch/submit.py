@@ -25,7 +25,7 @@ def submit_run(arguments: Sequence[str], description: str) -> int:
         return 0
     preset, *flags = arguments
     make = find_preset(preset)
-    own, options, rest = split_flags(flags, [SlurmConfig])
+    (own,), options, rest = split_flags(flags, [SlurmConfig])
     config = parse(f"netslim submit {preset}", inspect.getdoc(make) or "", make(), rest)
     slurm = read_slurm_flags(own, options)
     directory = run_directory(preset, config).absolute()

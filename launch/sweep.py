@@ -4,7 +4,6 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,7 @@ from netslim.launch.mistakes import INTERRUPTED, PREEMPTED, guarded
 from netslim.launch.presets import PRESETS, find_preset, list_presets
 from netslim.launch.recipe import start_each
 from netslim.launch.report import aligned, printable, read_row
-from netslim.launch.slurm import SlurmConfig, describe_flags, flag_groups, queued, split_flags
+from netslim.launch.slurm import SlurmConfig, describe_flags, queued, split_flags
 from netslim.launch.sweep_jobs import submit_members
 from netslim.train import LostRankError, check_model
 
@@ -54,8 +53,7 @@ def sweep_runs(arguments: Sequence[str], description: str) -> int:
         print(describe_flags(SlurmConfig))
         return 0
     target, *flags = arguments if arguments[0] != "--status" else [*arguments[1:], "--status"]
-    own, options, rest = split_flags(flags, [SweepConfig, SlurmConfig])
-    of_sweep, of_slurm = _divide(own)
+    (of_sweep, of_slurm), options, rest = split_flags(flags, [SweepConfig, SlurmConfig])
     config = read_flags(SweepConfig, of_sweep, prog=f"netslim sweep {target}")
     jobs = [*of_slurm, *options]
     sweep = new_sweep(target, config, rest) if target in PRESETS else known_sweep(Path(target), config, rest)
@@ -66,14 +64,6 @@ def sweep_runs(arguments: Sequence[str], description: str) -> int:
         raise ValueError(f"{jobs[0]} is for jobs of SLURM; give --slurm too, or leave it out")
     check_model(sweep.base.model)
     return submit_members(sweep, jobs, config.limit) if config.slurm else run_members(sweep)
-
-
-def _divide(own: Sequence[str]) -> tuple[list[str], list[str]]:
-    names = {f"--{field.name}" for field in fields(SweepConfig)}
-    found: tuple[list[str], list[str]] = ([], [])
-    for flag, values in flag_groups(own):
-        found[flag.replace("--no-", "--").partition("=")[0] not in names].extend([flag, *values])
-    return found
 
 
 def new_sweep(preset: str, config: SweepConfig, flags: Sequence[str]) -> Sweep:

@@ -19,7 +19,7 @@ def submit_members(sweep: Sweep, flags: Sequence[str], limit: int | None) -> int
     ``flags`` are the jobs' own and sbatch's; without any those of the last submission are taken.
     """
     sweep.slurm = list(flags or sweep.slurm)
-    own, options, _ = split_flags(sweep.slurm, [SlurmConfig])
+    (own,), options, _ = split_flags(sweep.slurm, [SlurmConfig])
     slurm = read_slurm_flags(own, options)
     if any(option.startswith("--dependency") for option in options):
         raise ValueError("--dependency is what the jobs of a sweep have of their own; leave it out")

@@ -142,7 +142,7 @@ def test_a_failed_step_leaves_a_mark_and_its_exit_code(tmp_path: Path) -> None:
 
 def test_flags_are_divided_among_netslim_sbatch_and_the_run() -> None:
     given = "--nodes 2 --partition gpu --prune.ratio 0.5 0.7 --no-dry-run --no-cpu --mail-user=a@b --exclusive --seed 3"
-    own, options, run = split_flags(given.split(), [SlurmConfig])
+    (own,), options, run = split_flags(given.split(), [SlurmConfig])
     assert own == ["--nodes", "2", "--no-dry-run"]
     assert options == ["--partition=gpu", "--mail-user=a@b", "--exclusive"]
     assert run == ["--prune.ratio", "0.5", "0.7", "--no-cpu", "--seed", "3"]

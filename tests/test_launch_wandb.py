@@ -26,6 +26,7 @@ from stand_in import (
     wandb_runs,
     wandb_summary,
 )
+from test_end_to_end import call as call_plainly
 from torch import nn
 
 from netslim.launch.artefacts import read_config
@@ -44,20 +45,9 @@ SHORT = [
 ]
 
 
-def call(*command: object, timeout: float = 200, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "WANDB_API_KEY": KEY,
-            "WANDB_ERROR_REPORTING": "false",
-            **environment,
-        },
+def call(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return call_plainly(
+        *command, timeout=200, **{"WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", **environment}
     )
 
 

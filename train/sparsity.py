@@ -112,9 +112,7 @@ class GammaPenalty:
         for group in optimizer.param_groups:
             gammas = [fragment.of(fragment.owner.detach()) for fragment in self._of(group)]
             if gammas:
-                # In the long run momentum moves a weight by lr / (1 - momentum) per unit of gradient. The threshold
-                # must be as far, or the balance with the loss would be that of a lambda (1 - momentum) times as large.
-                soft_threshold_(gammas, self.weight * group["lr"] / (1 - group.get("momentum", 0.0)))
+                soft_threshold_(gammas, _threshold(self.weight, group))
 
     def _of(self, group: dict[str, Any]) -> list[Fragment]:
         """The pieces of gammas that a parameter group of the optimizer steps now."""
@@ -156,9 +154,18 @@ class BetaFade:
             betas = [f.of(f.owner.detach()).view(-1) for owner in owners for f, _ in self._pieces.get(id(owner), ())]
             if betas:
                 shrunk = [beta.clone() for beta in betas]
-                soft_threshold_(shrunk, self.weight * group["lr"] / (1 - group.get("momentum", 0.0)))
+                soft_threshold_(shrunk, _threshold(self.weight, group))
                 idle = [mask for owner in owners for mask in self._idle[id(owner)]]
                 torch._foreach_copy_(betas, list(map(torch.where, idle, shrunk, betas)))
+
+
+def _threshold(weight: float, group: dict[str, Any]) -> float:
+    """How far a proximal step moves what a parameter group of the optimizer holds.
+
+    In the long run momentum moves a weight by lr / (1 - momentum) per unit of gradient. The threshold must be as far,
+    or the balance with the loss would be that of a lambda (1 - momentum) times as large.
+    """
+    return float(weight * group["lr"] / (1 - group.get("momentum", 0.0)))
 
 
 def soft_threshold_(values: list[Tensor], threshold: float) -> None:
