@@ -1,5 +1,6 @@
 # make demo   set up everything and run the main job        make test   set up everything and run the tests
-# make check  lint, format, types, import rules             make bench  the benchmarks      make dev  tools for developers
+# make check  lint, format, types, import rules             make dev    tools for developers
+# make bench  the benchmarks, and docs/performance.md of them: make bench ROOT=~/cifar10
 # make slow   tests of minutes: every network of torchvision, full-size exports, every engine on up to four ranks
 # make soak   tests of hours: a hundred random kills, fifty random faults
 # make lab    the lab report measured again, for docs/lab.md: make lab FLAGS='--root ~/cifar10'
@@ -12,11 +13,18 @@ PIP := $(BIN)/pip --disable-pip-version-check
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_TEST := $(VENV)/.ready-test
+READY_BENCH := $(VENV)/.ready-bench
 # System packages, as PROGRAM:PACKAGE, without which some tests are skipped; `make test TEST_TOOLS=` leaves them alone.
 TEST_TOOLS ?= slurmctld:slurm-wlm munged:munge shellcheck:shellcheck chromium:chromium
 
-.PHONY: demo test slow soak gpu check format bench lab dev clean
+# A benchmark's figures, of which docs/performance.md is made; that of a GPU is `make bench-gpu`.
+FIGURES := $(patsubst tests/bench/%.py,docs/performance/%.json,\
+	$(filter-out %/bench_gpu.py,$(sort $(wildcard tests/bench/bench_*.py))))
+FLAGS_bench_end_to_end = $(if $(ROOT),--root $(ROOT))
+
+.PHONY: demo test slow soak gpu check format bench lab dev clean $(FIGURES)
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 demo: $(READY)
 	$(BIN)/netslim run digits
@@ -30,9 +38,12 @@ slow: $(READY)
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak
 
-bench: $(READY)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,test,bench]'
-	for file in tests/bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+# One after the other, and each with `--json`: `make docs/performance/bench_prune.json` measures one again.
+bench: $(FIGURES)
+	$(BIN)/python tests/bench/performance.py
+
+$(FIGURES): docs/performance/%.json: tests/bench/%.py $(READY_BENCH)
+	$(BIN)/python $< $(FLAGS_$*) --json $@
 
 lab: $(READY)
 	$(BIN)/python tests/bench/lab.py $(FLAGS)
@@ -92,6 +103,10 @@ $(READY_TEST): $(READY)
 		PATH="$$PATH:/usr/sbin" command -v $${tool%:*} >/dev/null || missing="$$missing $${tool#*:}"; \
 	done; \
 	$(call install_missing,echo "not installed (their tests are skipped):$$missing" >&2)
+	touch $@
+
+$(READY_BENCH): $(READY)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,export,test,bench]'
 	touch $@
 
 # mypy cannot follow the editable install's import hook, so it reads the packages through links.

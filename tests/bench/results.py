@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 PACKAGES = ("torch", "torchvision", "accelerate", "deepspeed", "ffcv", "onnxruntime", "torch-pruning")
 Cell = str | int | float | None
 """None: not measured."""
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,6 +29,12 @@ class Results:
     about: str
     """What is compared with what, and how; a sentence or more."""
     tables: list[dict[str, Any]] = field(default_factory=list)
+    headlines: list[dict[str, Any]] = field(default_factory=list)
+
+    def headline(self, name: str, value: Cell) -> None:
+        """Mark a figure, most often a ratio, for the table at the top of docs/performance.md, and print it."""
+        self.headlines.append({"name": name, "value": value})
+        print(f"{name}: {shown(value)}\n", flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], note: str = "") -> None:
         """Add a table and print it; ``note`` says what of it a reader should not miss."""
@@ -40,11 +47,12 @@ class Results:
         """Say where it was measured, and write everything to ``file``."""
         kept = {
             "title": self.title,
-            "about": self.about,
+            "about": " ".join(self.about.split()),
             "command": _command(),
             "machine": machine(),
             "versions": versions(),
             "day": time.strftime("%Y-%m-%d"),
+            "headlines": self.headlines,
             "tables": self.tables,
         }
         print(f"{kept['machine']}; {kept['versions']}")
@@ -60,20 +68,26 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def take_turns(
-    contestants: Mapping[str, Callable[[], float]], repetitions: int, *, warm_up: int = 0
-) -> dict[str, list[float]]:
+def take_turns(contestants: Mapping[str, Callable[[], T]], repetitions: int, *, warm_up: int = 0) -> dict[str, list[T]]:
     """What each contestant returns in each repetition; they take turns, so that a busy machine slows all alike.
 
     The order is turned round every time, since the first to run finds colder caches.
     """
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    found: dict[str, list[T]] = {name: [] for name in contestants}
     for repetition in range(warm_up + repetitions):
         for name in list(contestants)[:: -1 if repetition % 2 else 1]:
             value = contestants[name]()
             if repetition >= warm_up:
                 found[name].append(value)
     return found
+
+
+def seconds(work: Callable[[], object], times: int = 1) -> float:
+    """How long one call takes, of so many in a row; on a GPU, until it has done what it was given."""
+    started = _now()
+    for _ in range(times):
+        work()
+    return (_now() - started) / times
 
 
 def medians(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -99,12 +113,16 @@ def versions() -> str:
 
 
 def shown(cell: Cell) -> str:
-    """A figure as a reader wants it: three digits, thousands apart."""
+    """A figure as a reader wants it: three digits, or three behind the point for a ratio near 1; thousands apart."""
     if cell is None:
         return "not measured"
     if isinstance(cell, str):
         return cell
-    return f"{cell:,}" if isinstance(cell, int) else f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if abs(cell) >= 100:
+        return f"{cell:,.0f}"
+    return f"{cell:.3f}" if 0.95 <= abs(cell) < 1.05 else f"{cell:.3g}"
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -119,11 +137,17 @@ def as_text(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _command() -> str:
     """This process's own, but for where the figures go."""
-    words = ["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]
+    words = ["python", os.path.relpath(sys.argv[0]), *(word for word in sys.argv[1:] if not word.startswith("--json="))]
     if "--json" in words:
         at = words.index("--json")
         del words[at : at + 2]
     return " ".join(word.replace(str(Path.home()), "~") for word in words)
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _lines(path: str) -> list[str]:
