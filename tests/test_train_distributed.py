@@ -31,8 +31,10 @@ CASES = {
     "plain": (EngineConfig(batch_norm="frozen"), None),
     "accumulation 4": (EngineConfig(batch_norm="frozen", accumulation=4), None),
     "clipping": (EngineConfig(batch_norm="frozen"), 0.05),
+    "bf16 between ranks": (EngineConfig(batch_norm="frozen", all_reduce="bf16"), None),
     "bf16": (EngineConfig(batch_norm="frozen", precision="bf16"), None),
 }
+ROUNDED = ("bf16", "fp16", "bf16 between ranks")
 if DEVICE == "cuda":
     CASES["fp16"] = (EngineConfig(batch_norm="frozen", precision="fp16"), None)
     CASES["compile"] = (EngineConfig(batch_norm="frozen", compile=True), None)
@@ -152,7 +154,7 @@ def relative_error(left: Tensor, right: Tensor) -> float:
     return ((left.double() - right.double()).norm() / right.double().norm().clamp_min(1e-12)).item()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("bf16", "fp16")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ROUNDED])
 def test_two_ranks_train_to_the_weights_that_one_rank_reaches(case: str, by_ranks: dict[int, Any]) -> None:
     one, two = by_ranks[1][0][case], by_ranks[2][0][case]
     errors = {name: relative_error(two[name], one[name]) for name in one if one[name].is_floating_point()}
@@ -178,6 +180,11 @@ def test_the_penalty_moves_each_gamma_by_lr_times_lambda_once(
 ) -> None:
     for moved in by_ranks[world_size][0][f"{case}: moved by the penalty"].values():
         torch.testing.assert_close(moved, torch.full_like(moved, -0.5 * 0.25), rtol=0, atol=1e-6)
+
+
+def test_gradients_sent_in_bf16_change_a_run_by_no_more_than_their_rounding(by_ranks: dict[int, Any]) -> None:
+    plain, rounded = (flat(by_ranks[2][0][case]) for case in ("plain", "bf16 between ranks"))
+    assert 1e-6 < relative_error(rounded, plain) < 2**-10
 
 
 def test_all_ranks_end_with_bitwise_equal_weights(by_ranks: dict[int, Any]) -> None:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -68,7 +69,15 @@ class Without(Images):
         self.batches = [*self.batches[:bad], *(self.batches[bad + 1 :] if and_after else [])]
 
 
-def train(directory: Path, engine: EngineConfig, case: tuple[str, str] | None, *, bad: int, skip: int) -> tuple:
+def train(
+    directory: Path,
+    engine: EngineConfig,
+    case: tuple[str, str] | None,
+    *,
+    bad: int,
+    skip: int,
+    method: Literal["subgradient", "proximal"] = "subgradient",
+) -> tuple:
     """What the error said, and the weights and statistics that are left."""
     run = new_runtime(engine)
     model, said = network(), ""
@@ -80,7 +89,7 @@ def train(directory: Path, engine: EngineConfig, case: tuple[str, str] | None, *
     with Record("sparse", directory, is_main=run.is_main) as record, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's own
         try:
-            sparsity = SparsityConfig(weight=1e-3)
+            sparsity = SparsityConfig(weight=1e-3, method=method)
             fit(model, images, Shares(run, 10), config, run=run, record=record, gammas=gammas, sparsity=sparsity)
         except FloatingPointError as error:
             said = str(error)
@@ -97,6 +106,19 @@ def stop_at_each(directory: Path) -> dict[tuple[str, str], Found]:
             "want": train(directory, engine, None, bad=BAD[case], skip=0),
         }
         for case in CASES
+    }
+
+
+def stop_later(directory: Path) -> dict[tuple[str, str], Found]:
+    """As on a GPU, which is asked now and then: here only when the epoch is over."""
+    Runtime.may_wait = lambda self, step: False  # type: ignore[method-assign]
+    engine = EngineConfig(batch_norm="frozen")
+    return {
+        case: {
+            "have": train(directory, engine, case, bad=BAD[case], skip=0, method="proximal"),
+            "want": train(directory, engine, None, bad=BAD[case], skip=0, method="proximal"),
+        }
+        for case in (("loss", "NaN"), ("gradient", "infinity"))
     }
 
 
@@ -129,6 +151,15 @@ def test_no_rank_applies_a_step_that_is_not_finite_on_one(case: tuple[str, str],
             if case[0] == "gamma" and not have.isfinite().all():  # what was spoiled itself
                 have, want = have[1:], want[1:]
             assert torch.equal(have, want), name
+
+
+def test_a_step_that_is_not_finite_is_refused_however_late_it_is_found(tmp_path: Path) -> None:
+    for results in run_ranks(stop_later, 2, tmp_path, tmp_path / "run"):
+        for case, found in results.items():
+            (said, have), (_, want) = found["have"], found["want"]
+            assert f"not finite at step {BAD[case] + 1} (epoch 1); no rank applied the step" in said
+            for name in want:
+                assert torch.equal(have[name], want[name]), (case, name)
 
 
 @pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])

@@ -143,6 +143,7 @@ class Training:
         supervised = Supervised(self.trained, self.config.label_smoothing, run.autocast)
         self.wrapped, self.stepper = run.prepare(supervised, self.optimizer, self.config.clip)
         self.masters = run.masters(self.trained, self.wrapped, self.optimizer)
+        self.refusals = run.refusals(self.wrapped, self.optimizer)
         if self.sparsity is not None:
             penalty = GammaPenalty(gammas, self.sparsity.weight, self.sparsity.method)
             names = _names_of(gammas, model)
@@ -217,15 +218,18 @@ class Training:
                 group["lr"] = self.learning_rate(progress)
             with run.accumulate(self.wrapped) as is_boundary:
                 loss = self.forward_backward(batch, sums)
-                if is_boundary and self.config.clip is not None:
-                    run.clip_gradients(self.wrapped, self.config.clip)
-                if not is_boundary or self.is_finite(loss, progress):
-                    self.stepper.step()  # does nothing, like zero_grad, before the boundary
+                if is_boundary:
+                    if self.config.clip is not None:
+                        run.clip_gradients(self.wrapped, self.config.clip)
+                    self.refusals.look(loss)
+                self.stepper.step()  # does nothing, like zero_grad, before the boundary
                 self.stepper.zero_grad()
             if (index + 1) % parts == 0:
+                progress.step += 1
+                if self.changing or run.may_wait(self.step_number(progress)):
+                    self.confirm(progress)
                 if self.changing:
                     torch._foreach_copy_(self.before_step, self.changing)
-                progress.step += 1
                 saver.after_step(self, progress)
 
     def leg(self, epoch: int, first: int) -> Leg:
@@ -251,16 +255,18 @@ class Training:
         sums[2] += len(labels)
         return cast(Tensor, loss.detach())
 
-    def is_finite(self, loss: Tensor, progress: Progress) -> bool:
-        """Whether the step can be taken; every rank answers alike, because gradients were added over ranks.
+    def confirm(self, progress: Progress) -> None:
+        """Make sure that the steps so far were taken; every rank finds alike, because gradients were added over ranks.
 
-        Where it can't, and may be left out, statistics and sums are again what they were before it.
+        Where the last may be left out, statistics and sums are again what they were before it.
         """
-        if self.run.gradients_are_finite(self.wrapped):
-            return True
-        rank = self.run.first_rank_with(~torch.isfinite(loss))
+        refused = self.refusals.count()
+        if not refused:
+            return
+        rank = self.run.first_rank_with(~self.refusals.loss_was_finite)
         what = "the gradient is" if rank is None else f"the loss of rank {rank} is"
-        where = f"{what} not finite at step {self.step_number(progress) + 1} (epoch {progress.epoch + 1})"
+        step = self.step_number(progress) - refused + 1
+        where = f"{what} not finite at step {step} (epoch {progress.epoch + 1})"
         if progress.skipped == self.config.skip_nonfinite:
             skipped = f" after {progress.skipped} that were left out" if progress.skipped else ""
             error = FloatingPointError(
@@ -268,15 +274,16 @@ class Training:
                 f"Use a lower learning rate (now {self.config.lr:g}), a warm-up, or clipping"
             )
             raise self.run.together(error)
+        self.refusals.forget()
         progress.skipped += 1
         torch._foreach_copy_(self.changing, self.before_step)
         allowed = f"{progress.skipped} of {self.config.skip_nonfinite} allowed"
         self.record.say(f"{where}; every rank leaves the step out ({allowed})", warning=True)
-        return False
 
     def finish_epoch(self, progress: Progress, evaluate_on: TestBatches) -> None:
         """Add up the ranks' sums, evaluate, and note the epoch's metrics."""
         run = self.run
+        self.confirm(progress)
         loss_sum, correct, count = run.sum_over_ranks(progress.start_sums(run.device)).tolist()
         seconds = progress.seconds_so_far()
         if not math.isfinite(loss_sum):  # under a loss scaler, which skips such steps itself

@@ -72,15 +72,19 @@ def travel(config: FitConfig, steps_per_epoch: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.SGD:
-    """SGD over all trainable parameters of the model, in one decayed and one undecayed group."""
+    """SGD over all trainable parameters of the model, in one decayed and one undecayed group.
+
+    Fused, so that a step can be refused by a flag on the device (``found_inf``); the momenta are there from the
+    beginning, since a first step that is refused would leave memory that nobody has written to.
+    """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    seen: set[int] = set()  # a parameter shared by two modules is optimised once
+    seen: dict[int, nn.Parameter] = {}  # a parameter shared by two modules is optimised once
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
+                seen[id(parameter)] = parameter
                 groups[_decays(module, name, config)].append(parameter)
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [
             {"params": parameters, "weight_decay": config.weight_decay if decays else 0.0}
             for decays, parameters in groups.items()
@@ -89,8 +93,12 @@ def make_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.SGD:
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        foreach=True,
+        fused=True,
     )
+    if config.momentum:
+        for parameter in seen.values():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _decays(module: nn.Module, name: str, config: FitConfig) -> bool:

@@ -117,9 +117,10 @@ class Saver:
         return self.config.epochs is not None and epochs % self.config.epochs == 0
 
     def save(self, training: Training, progress: Progress) -> None:
-        """Write a checkpoint, from all ranks' states; raises, on every rank, what `settle` does."""
+        """Write a checkpoint, from all ranks' states; raises, on every rank, what `settle` and `confirm` do."""
         if self.store is None:
             return
+        training.confirm(progress)
         started = time.perf_counter()
         self.settle()
         shared = {f"weights/{name}": tensor for name, tensor in training.masters.weights().items()}

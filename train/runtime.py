@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DDPCommunicationHookType,
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
@@ -29,6 +30,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from netslim.train.finite import ByEngine, OnDevice, Refusals
 from netslim.train.masters import Fragment, Masters, whole, zero_fragment
 from netslim.train.statistics import reconcile
 from netslim.train.watch import Watch
@@ -40,6 +42,8 @@ _JOINING_SECONDS = 600  # until every rank has started: imports from a shared di
 _ENDING_SECONDS = 4  # to find out who is missing, and to end: so much sooner a rank stops waiting
 _groups = itertools.count()  # only tests join more than one in a process
 
+
+_HOOKS = {"float32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -64,6 +68,8 @@ class EngineConfig:
     """Stage of DeepSpeed's ZeRO, which divides optimizer state, gradients and weights among the ranks; 0 is DDP."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """How ranks send tensors to each other: auto is nccl between GPUs and gloo between CPU processes."""
+    all_reduce: Literal["float32", "bf16"] = "float32"
+    """What gradients are sent as where DDP adds them over ranks: bf16 halves the bytes, and rounds them."""
     compile: bool = False
     """Run the training step through torch.compile."""
     timeout_seconds: Annotated[int, Field(ge=10)] = 600
@@ -96,7 +102,9 @@ class Runtime:
             gradient_accumulation_steps=config.accumulation,
             kwargs_handlers=[
                 # Statistics are reconciled when they are used; copying rank 0's at each step only costs time.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=_HOOKS[config.all_reduce]
+                ),
                 InitProcessGroupKwargs(
                     backend="gloo" if self._needs_gloo() else "nccl",
                     timeout=timedelta(seconds=max(_JOINING_SECONDS, config.timeout_seconds)),
@@ -230,17 +238,20 @@ class Runtime:
         if self._zero is None:
             self._accelerator.clip_grad_norm_(wrapped.parameters(), max_norm)
 
-    def gradients_are_finite(self, wrapped: nn.Module) -> bool:
-        """Whether the step about to be taken (for ZeRO: just refused) has finite gradients; the same on every rank.
-
-        A loss scaler looks for itself: with fp16 an overflow now and then is its way of finding the scale.
-        """
+    def refusals(self, wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Refusals:
+        """What keeps the optimizer of a prepared module from steps that are not finite, on every rank alike."""
         if self._zero is not None:
-            return not cast(Any, wrapped).optimizer.overflow
+            return ByEngine(lambda: bool(cast(Any, wrapped).optimizer.overflow))
         if self._accelerator.scaler is not None:
-            return True
-        gradients = [p.grad for p in wrapped.parameters() if p.grad is not None]
-        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+            return ByEngine(lambda: False)
+        return OnDevice(optimizer, list(wrapped.parameters()), self.device)
+
+    def may_wait(self, step: int) -> bool:
+        """Whether the device may be asked something after this step.
+
+        On GPUs only after every tenth: an answer waits for all work queued before it. DeepSpeed waits in any case.
+        """
+        return self.device.type != "cuda" or self._zero is not None or step % 10 == 0
 
     def first_rank_with(self, flag: Tensor) -> int | None:
         """The first rank whose flag is set, the same on every rank; None where none is."""
@@ -250,9 +261,9 @@ class Runtime:
     def agree(self, step: int, *, stop: bool, due: bool) -> tuple[bool, bool]:
         """Whether any rank asks to stop, and whether rank 0 finds a checkpoint due; the same on every rank.
 
-        On GPUs only at every tenth step: reading the answer waits for all work queued before it.
+        Asked only at steps after which it may wait.
         """
-        if self.device.type == "cuda" and step % 10:
+        if not self.may_wait(step):
             return False, False
         asked = torch.tensor([stop, due and self.is_main], dtype=torch.int32, device=self.device)
         stops, dues = self.sum_over_ranks(asked).tolist()
@@ -405,6 +416,8 @@ def _zero_plugin(config: EngineConfig) -> DeepSpeedPlugin | None:
         return None
     if config.precision == "fp16":
         raise ValueError("engine.precision fp16 needs the loss scaler of DDP; under DeepSpeed use bf16 or no")
+    if config.all_reduce == "bf16":
+        raise ValueError("engine.all_reduce bf16 is a hook of DDP; under DeepSpeed use float32")
     if uses_cpu():
         if torch.cuda.is_available():
             raise ValueError(

@@ -105,14 +105,10 @@ class GammaPenalty:
 
     @torch.no_grad()
     def _shrink(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # A fused optimizer is called also where the scaler found an overflow, and then leaves the weights alone.
-        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            return
         for group in optimizer.param_groups:
             gammas = [fragment.of(fragment.owner.detach()) for fragment in self._of(group)]
             if gammas:
-                soft_threshold_(gammas, _threshold(self.weight, group))
+                soft_threshold_(gammas, _threshold(self.weight, group, optimizer))
 
     def _of(self, group: dict[str, Any]) -> list[Fragment]:
         """The pieces of gammas that a parameter group of the optimizer steps now."""
@@ -154,27 +150,33 @@ class BetaFade:
             betas = [f.of(f.owner.detach()).view(-1) for owner in owners for f, _ in self._pieces.get(id(owner), ())]
             if betas:
                 shrunk = [beta.clone() for beta in betas]
-                soft_threshold_(shrunk, _threshold(self.weight, group))
+                soft_threshold_(shrunk, _threshold(self.weight, group, optimizer))
                 idle = [mask for owner in owners for mask in self._idle[id(owner)]]
                 torch._foreach_copy_(betas, list(map(torch.where, idle, shrunk, betas)))
 
 
-def _threshold(weight: float, group: dict[str, Any]) -> float:
+def _threshold(weight: float, group: dict[str, Any], optimizer: torch.optim.Optimizer) -> float | Tensor:
     """How far a proximal step moves what a parameter group of the optimizer holds.
 
     In the long run momentum moves a weight by lr / (1 - momentum) per unit of gradient. The threshold must be as far,
-    or the balance with the loss would be that of a lambda (1 - momentum) times as large.
+    or the balance with the loss would be that of a lambda (1 - momentum) times as large. It is 0 where a fused
+    optimizer was told on the device to leave the weights alone (``found_inf``), and then stays on the device.
     """
-    return float(weight * group["lr"] / (1 - group.get("momentum", 0.0)))
+    threshold = float(weight * group["lr"] / (1 - group.get("momentum", 0.0)))
+    refused: Tensor | None = getattr(optimizer, "found_inf", None)
+    return threshold if refused is None else threshold * (1 - refused)
 
 
-def soft_threshold_(values: list[Tensor], threshold: float) -> None:
+def soft_threshold_(values: list[Tensor], threshold: float | Tensor) -> None:
     """Move every entry towards zero by ``threshold``, and to exactly zero where it is nearer than that, in place.
 
     The proximal operator of ``threshold * |x|`` (Parikh and Boyd 2014, section 6.5.2).
     """
     magnitudes = list(torch._foreach_abs(values))
-    torch._foreach_sub_(magnitudes, threshold)
+    if isinstance(threshold, Tensor):
+        torch._foreach_add_(magnitudes, -threshold)
+    else:
+        torch._foreach_sub_(magnitudes, threshold)
     torch._foreach_clamp_min_(magnitudes, 0.0)
     torch._foreach_mul_(magnitudes, list(torch._foreach_sign(values)))
     torch._foreach_copy_(values, magnitudes)
