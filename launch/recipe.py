@@ -26,7 +26,7 @@ from netslim.launch.artefacts import (
     passes_to,
     write_json,
 )
-from netslim.launch.cluster import end_with_launcher
+from netslim.launch.cluster import end_with_launcher, keep_freed_memory
 from netslim.launch.config import RunConfig, Start, fixed_fields, parse, run_directory, to_dict
 from netslim.launch.inflight import InFlight
 from netslim.launch.inspection import INSPECTION, describe_gammas, try_ratio
@@ -69,6 +69,7 @@ from netslim.train import (
     describe_pull,
     evaluate,
     fit,
+    num_gpus,
     travel,
 )
 from netslim.train.models import initialise
@@ -356,6 +357,8 @@ def start_each(preset: str, runs: Sequence[tuple[RunConfig, Sequence[str]]]) -> 
     first, _ = runs[0]
     if first.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "1"
+    if not num_gpus():
+        keep_freed_memory()
     info = prepare_once_per_node(first)
     run = Runtime(first.engine, first.seed)
     loaders: Loaders | None = None
