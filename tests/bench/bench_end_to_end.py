@@ -1,29 +1,29 @@
 """From images to a fine-tuned slim network: netslim, with and without slimming in flight, against a plain script.
 
-    python tests/bench/bench_end_to_end.py                                       digits, minutes
-    python tests/bench/bench_end_to_end.py --root DIR --width 0.25 --epochs 12   folders of images, as CIFAR-10's
+    python tests/bench/bench_end_to_end.py                            digits, minutes
+    python tests/bench/bench_end_to_end.py --root ~/cifar10 --model vgg19 --epochs 8 --weight 1e-3 --seeds 0 1 2
 
 The plain script is below: one process, DataLoader and torchvision's transforms, a loop over the layers for the gammas
 at every step, float32, as such scripts are. All have the same network, batches, schedule, lambda, ratio and cores, and
-take turns. Writes JSON beside the table with --json FILE.
+take turns. With --log FILE each finished run is kept there, and an interrupted benchmark goes on.
 """
 
 import argparse
 import json
 import os
-import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from PIL import Image
+from results import Results, new_parser
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -35,6 +35,7 @@ from netslim.prune import slim
 from netslim.train import FitConfig, ModelConfig, build_model
 from netslim.train.optim import learning_rate
 
+Found = dict[str, Any]
 NETSLIM = Path(sys.executable).with_name("netslim")
 PAD = {"digits": 2, "folder": 4}
 
@@ -56,7 +57,7 @@ class InMemory(Dataset[tuple[Tensor, int]]):
         return self.transform(image), label
 
 
-def plain_script(options: argparse.Namespace, seed: int) -> dict[str, float]:
+def plain_script(options: argparse.Namespace, seed: int) -> Found:
     """Sparsity training, global-threshold pruning and fine-tuning, with nothing but torch and torchvision."""
     torch.manual_seed(seed)
     config = data_config(options)
@@ -117,57 +118,91 @@ def data_config(options: argparse.Namespace) -> DataConfig:
     )
 
 
-def netslim(options: argparse.Namespace, seed: int, method: list[str], cache: Path) -> dict[str, float]:
-    """The same by the command netslim, in a process for each core."""
+def netslim(options: argparse.Namespace, seed: int, method: Sequence[object], cache: Path) -> Found:
+    """The same by the command netslim, in a process for each core; then, untimed, the other ratios."""
+    data = data_config(options)
+    flags: list[object] = [
+        *("--seed", seed, "--record.wandb", "disabled", "--data.cache", cache),
+        *("--data.source", data.source, *(["--data.root", data.root] if data.root else [])),
+        *("--data.pad", data.pad, *(["--data.flip"] if data.flip else []), "--data.batch-size", data.batch_size),
+        *("--model.name", options.model, "--model.width", options.width),
+        *("--sparsify.epochs", options.epochs, "--sparsify.lr", options.lr, "--sparsity.weight", options.weight),
+        *("--finetune.epochs", options.finetune_epochs, "--finetune.lr", options.finetune_lr),
+        *("--prune.min-share", options.min_share, "--num-processes", len(os.sched_getaffinity(0)), *method),
+    ]  # the schedules of the preset digits are those of fit_config
     with tempfile.TemporaryDirectory() as scratch:
-        data = data_config(options)
-        flags: list[object] = [
-            *("--run-dir", f"{scratch}/run", "--seed", seed, "--record.wandb", "disabled", "--data.cache", cache),
-            *("--data.source", data.source, *(["--data.root", data.root] if data.root else [])),
-            *("--data.pad", data.pad, *(["--data.flip"] if data.flip else []), "--data.batch-size", data.batch_size),
-            *("--model.name", options.model, "--model.width", options.width, "--prune.ratio", options.ratio),
-            *("--sparsify.epochs", options.epochs, "--sparsify.lr", options.lr, "--sparsity.weight", options.weight),
-            *("--finetune.epochs", options.finetune_epochs, "--finetune.lr", options.finetune_lr),
-            *("--prune.min-share", options.min_share, "--num-processes", len(os.sched_getaffinity(0)), *method),
-        ]
-        started = time.perf_counter()
-        command = [str(NETSLIM), "run", "digits", *map(str, flags)]  # whose schedules are those of fit_config
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        seconds = time.perf_counter() - started
-        rows = json.loads(Path(scratch, "run", "results.json").read_text())["rows"]
-    sparse, last = rows[0], rows[-1]
-    cut = next(row for row in rows if row["stage"] == "cut")
+        sparse, rows, seconds = Path(scratch, f"{options.ratio}", "sparse"), {}, []
+        for ratio in (options.ratio, *options.also):
+            directory = Path(scratch, f"{ratio}")
+            if rows:
+                shutil.copytree(sparse, directory / "sparse")
+            started = time.perf_counter()
+            command = [NETSLIM, "run", "digits", "--run-dir", directory, "--prune.ratio", ratio, *flags]
+            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - started)
+            rows[f"{ratio}"] = json.loads((directory / "results.json").read_text())["rows"]
+        epochs = [json.loads(line) for line in (sparse / "metrics.jsonl").read_text().splitlines()]
+    first = rows[f"{options.ratio}"]
     return {
-        "seconds": seconds,
-        "sparse_seconds": sparse["seconds"],
-        "accuracy": last["accuracy"],
-        "sparse_accuracy": sparse["accuracy"],
-        "cut_accuracy": cut["accuracy"],
+        "seconds": seconds[0],
+        "sparse_seconds": first[0]["seconds"],
+        "accuracy": first[-1]["accuracy"],
+        "stages": {
+            ratio: {row["stage"]: {key: row[key] for key in ("accuracy", "macs", "seconds")} for row in found}
+            for ratio, found in rows.items()
+        },
+        "epochs": [
+            {key: line.get(key) for key in ("images_per_second", "channels_gone", "macs", "accuracy")}
+            for line in epochs
+            if "epoch" in line
+        ],
     }
 
 
-def contestants(options: argparse.Namespace, cache: Path) -> Iterator[tuple[str, Callable[[int], dict[str, float]]]]:
-    # each in a process of its own, as a user would start it
-    yield (
-        "plain script",
-        lambda seed: json.loads(
-            subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--plain-seed", str(seed)], check=True, stdout=subprocess.PIPE
-            ).stdout.splitlines()[-1]
-        ),
-    )
-    yield "netslim", lambda seed: netslim(options, seed, [], cache)
+def contestants(options: argparse.Namespace, cache: Path) -> dict[str, Callable[[int], Found]]:
     proximal = ["--sparsity.method", "proximal"]
-    yield (
-        "netslim, in flight",
-        lambda seed: netslim(
-            options, seed, [*proximal, "--sparsity.reconfigure-every", str(options.reconfigure_every)], cache
-        ),
-    )
+    in_flight = [*proximal, "--sparsity.reconfigure-every", options.reconfigure_every]
+
+    def alone(seed: int) -> Found:
+        """In a process of its own, as a user would start it."""
+        command = [sys.executable, __file__, *sys.argv[1:], "--plain-seed", str(seed)]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        return dict(json.loads(said.splitlines()[-1]))
+
+    return {
+        "plain script": alone,
+        "netslim": lambda seed: netslim(options, seed, proximal, cache),
+        "netslim, in flight": lambda seed: netslim(options, seed, in_flight, cache),
+    }
+
+
+def run_all(options: argparse.Namespace, cache: Path) -> dict[str, list[Found]]:
+    """Every contestant with every seed, but for what the log has already; the order turns round with every seed."""
+    found: dict[str, dict[int, Found]] = {name: {} for name in contestants(options, cache)}
+    if options.log is not None and options.log.exists():
+        for line in map(json.loads, options.log.read_text().splitlines()):
+            if line["options"] == settings(options):
+                found[line["name"]][line["seed"]] = line["run"]
+    for number, seed in enumerate(options.seeds):
+        for name, run in list(contestants(options, cache).items())[:: -1 if number % 2 else 1]:
+            if seed in found[name]:
+                continue
+            found[name][seed] = run(seed)
+            print(name, seed, found[name][seed], flush=True)
+            if options.log is not None:
+                with options.log.open("a") as file:
+                    line = {"name": name, "seed": seed, "options": settings(options), "run": found[name][seed]}
+                    file.write(json.dumps(line) + "\n")
+    return {name: [runs[seed] for seed in options.seeds] for name, runs in found.items()}
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    """What a run depends on."""
+    return {key: str(value) for key, value in vars(options).items() if key not in ("json", "log", "seeds")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--root", type=Path, help="folders train/CLASS and test/CLASS; without it the digits")
     parser.add_argument("--model", default="vgg11")
     parser.add_argument("--width", type=float, default=0.25)
@@ -177,10 +212,11 @@ def main() -> None:
     parser.add_argument("--finetune-lr", type=float, default=0.02)
     parser.add_argument("--weight", type=float, default=1e-2, help="lambda")
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--also", type=float, nargs="*", default=[0.7], help="ratios to prune and fine-tune, untimed")
     parser.add_argument("--min-share", type=float, default=0.05)
     parser.add_argument("--reconfigure-every", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--log", type=Path)
     parser.add_argument("--plain-seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plain_seed is not None:
@@ -191,28 +227,76 @@ def main() -> None:
         if options.root is not None:
             write += ["--data.source", "folder", "--data.root", str(options.root)]
         subprocess.run([NETSLIM, *write], check=True, stdout=subprocess.DEVNULL)  # once, for all runs of a user
-        found: dict[str, list[dict[str, float]]] = {}
-        for seed in options.seeds:
-            for name, run in contestants(options, Path(cache)):
-                found.setdefault(name, []).append(run(seed))
-                print(name, seed, found[name][-1], flush=True)
-    report(options, found)
+        found = run_all(options, Path(cache))
+    results = Results("End to end", about(options))
+    show_times(results, found)
+    show_stages(results, found)
+    show_epochs(results, found["netslim, in flight"])
+    results.finish(options.json)
 
 
-def report(options: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
-    about = {
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}",
-        "options": {key: str(value) for key, value in vars(options).items()},
-    }
-    print(f"\n{about['machine']}, {about['versions']}; medians of {len(options.seeds)} seeds")
+def about(options: argparse.Namespace) -> str:
+    images = "scikit-learn's digits" if options.root is None else f"the images in {options.root.name}"
+    return f"""From images to a fine-tuned slim network: sparsity training ({options.epochs} epochs, lambda
+        {options.weight:g}, lr {options.lr:g}), {options.ratio:.0%} of the channels pruned, and fine-tuning
+        ({options.finetune_epochs} epochs) of {options.model} at width {options.width:g} on {images}, batches of
+        {data_config(options).batch_size}, seeds {", ".join(map(str, options.seeds))}. The plain script is of the usual
+        kind: one process with all cores, torch's DataLoader with two workers, torchvision's transforms, a loop over the
+        layers that adds lambda x sign(gamma), float32. netslim runs in one process for each core, with proximal steps;
+        in flight it also removes the channels at zero after every {options.reconfigure_every} epoch(s). Its time is
+        that of the whole command: start-up, compilation of the loader, pruning and repair are in it; the script's
+        begins once its images are decoded."""
+
+
+def show_times(results: Results, found: dict[str, list[Found]]) -> None:
     base = statistics.median(run["seconds"] for run in found["plain script"])
+    rows, ratios = [], {}
     for name, runs in found.items():
-        seconds = statistics.median(run["seconds"] for run in runs)
-        accuracy = statistics.mean(run["accuracy"] for run in runs)
-        print(f"{name:20} {seconds:8.1f} s  {seconds / base:5.2f} of the plain script's  accuracy {accuracy:.2%}")
-    if options.json:
-        options.json.write_text(json.dumps({**about, "runs": found}, indent=2))
+        median = statistics.median(run["seconds"] for run in runs)
+        ratios[name] = median / base
+        sparse = statistics.median(run["sparse_seconds"] for run in runs)
+        accuracies = [run["accuracy"] for run in runs]
+        each = ", ".join(f"{accuracy:.2%}" for accuracy in accuracies)
+        rows.append([name, median, ratios[name], sparse, f"{statistics.mean(accuracies):.2%}", each])
+    columns = ["", "seconds", "of the plain script's", "sparsity training, seconds", "accuracy", "of each seed"]
+    results.table(columns, rows, "Seconds are medians over the seeds, accuracies means, after fine-tuning.")
+    for name in ("netslim, in flight", "netslim"):
+        results.headline(f"{name} / plain script, seconds", ratios[name])
+
+
+def show_stages(results: Results, found: dict[str, list[Found]]) -> None:
+    """Accuracy with and without slimming in flight at every ratio and stage, means over the seeds."""
+    names, rows = ("netslim", "netslim, in flight"), []
+    for ratio, stages in found[names[0]][0]["stages"].items():
+        for stage in stages:
+            means = [statistics.mean(run["stages"][ratio][stage]["accuracy"] for run in found[name]) for name in names]
+            macs = [statistics.median(run["stages"][ratio][stage]["macs"] for run in found[name]) for name in names]
+            rows.append(
+                [
+                    f"{stage}, {float(ratio):.0%} pruned"
+                    if stage != "sparse"
+                    else f"sparse, before {float(ratio):.0%}",
+                    *(f"{mean:.2%}" for mean in means),
+                    f"{100 * (means[1] - means[0]):+.2f}",
+                    *map(int, macs),
+                ]
+            )
+    columns = ["stage", "accuracy without", "in flight", "difference, points", "MACs without", "MACs in flight"]
+    results.table(columns, rows, "Accuracies are means over the seeds.")
+
+
+def show_epochs(results: Results, runs: list[Found]) -> None:
+    """What an epoch of the training that gets smaller costs."""
+    rows = []
+    dense = runs[0]["stages"][next(iter(runs[0]["stages"]))]["sparse"]["macs"]
+    spent = statistics.mean(line["macs"] / dense for run in runs for line in run["epochs"])
+    for number, lines in enumerate(zip(*(run["epochs"] for run in runs), strict=True), 1):
+        speed, gone, macs = (
+            statistics.median(line[key] for line in lines) for key in ("images_per_second", "channels_gone", "macs")
+        )
+        rows.append([f"{number}", speed, int(gone), macs / dense])
+    columns = ["epoch in flight", "images/s", "channels gone", "MACs, of the dense network's"]
+    results.table(columns, rows, f"Medians over the seeds; {spent:.0%} of the dense training's MACs were spent.")
 
 
 if __name__ == "__main__":
