@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass as validated
 
 SPLITS = ("train", "test")
 Triple = tuple[float, float, float]
+LoaderName = Literal["ffcv", "torch", "device"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class DataInfo:
     """Prepared data: where it lies, how to read it, and what training needs to know of it."""
 
     directory: Path | None  # of train.beton and test.beton; None: read from the source
-    loader: Literal["ffcv", "torch"]
+    loader: LoaderName
     classes: tuple[str, ...]
     num_train: int
     num_test: int
@@ -43,7 +44,7 @@ _Count = Annotated[int, Field(ge=1)]
 class _Content:
     """The content of `info.json`."""
 
-    loader: Literal["ffcv", "torch"]
+    loader: LoaderName
     classes: Annotated[tuple[str, ...], Field(min_length=1)]
     num_train: _Count
     num_test: _Count

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from netslim.data.device_loader import DeviceReader, open_residents
 from netslim.data.info import DataInfo, check_sizes, damaged
 from netslim.data.pipelines import Augmentation, Shard, epoch_order, normalise, shard_order
 from netslim.data.sources import DataConfig, open_source
@@ -31,13 +32,13 @@ class _ToDevice:
 
     def __init__(self, info: DataInfo, device: torch.device) -> None:
         self._device = device
-        self._mean = torch.tensor(info.mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(info.std, device=device).view(1, 3, 1, 1)
+        mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (info.mean, info.std))
+        self._scale, self._shift = 1 / (255 * std), mean / std
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: Batch) -> Batch:
         images, labels = batch
-        if self._stream is None:
+        if self._stream is None or images.is_cuda:
             images, labels = images.to(self._device), labels.to(self._device)
         else:
             # FFCV fills this memory again as soon as the next batch is asked for, so the copy has to be over by
@@ -48,7 +49,7 @@ class _ToDevice:
             self._stream.synchronize()
             for moved in (images, labels):
                 moved.record_stream(torch.cuda.current_stream(self._device))
-        return normalise(images, self._mean, self._std), labels
+        return normalise(images, self._scale, self._shift), labels
 
 
 class TrainLoader:
@@ -143,7 +144,8 @@ def open_loaders(
 ) -> Loaders:
     """Opens what `prepare` gave, for one rank; each optimizer step takes `accumulation` micro-batches.
 
-    Raises ValueError when the batch size cannot be cut evenly, or when files are missing or cut short.
+    Raises ValueError when the batch size cannot be cut evenly, when files are missing or cut short, or when images
+    that are to stay on the device have no room there.
     """
     fill = tuple(round(255 * mean) for mean in info.mean)
     augmentation = Augmentation(seed=seed, flip=config.flip, pad=config.pad, fill=(fill[0], fill[1], fill[2]))
@@ -189,11 +191,17 @@ def _open_readers(
         if (len(train), len(test)) != (info.num_train, info.num_test):  # FFCV reads past its index without a word
             raise damaged(path, f"the files hold {len(train)} and {len(test)} images, not as info.json says")
         return train, test
-    from netslim.data.torch_loader import TorchReader
-
     source = open_source(config)
     if (len(source.train), len(source.test)) != (info.num_train, info.num_test):
         raise ValueError(f"the images of source {config.source} have changed since they were prepared; run again")
+    if info.loader == "device":
+        residents = open_residents(config, source, device)
+        return (
+            DeviceReader(residents[0], micro_batch, augmentation),
+            DeviceReader(residents[1], config.eval_batch_size, None),
+        )
+    from netslim.data.torch_loader import TorchReader
+
     return (
         TorchReader(source.train, micro_batch, augmentation, config.num_workers, device),
         TorchReader(source.test, config.eval_batch_size, None, config.num_workers, device),

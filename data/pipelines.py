@@ -124,9 +124,9 @@ def _overlap(shift: int, length: int) -> slice:
     return slice(max(0, shift), min(length, length + shift))
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """`(x / 255 - mean) / std` in float32; a new tensor `(n, 3, height, width)`, in the memory format of `images`.
+def normalise(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x * scale - shift` in float32; a new tensor `(n, 3, height, width)`, in the memory format of `images`.
 
-    `mean` and `std` are `(1, 3, 1, 1)`, in [0, 1].
+    `scale` is 1 / (255 * std) and `shift` mean / std, each `(1, 3, 1, 1)`; mean and std in [0, 1].
     """
-    return torch.mul(images, 1 / (255 * std)).sub_(mean / std)
+    return torch.mul(images, scale).sub_(shift)

@@ -49,8 +49,9 @@ class DataConfig:
     """Mirror half of the training images, left to right."""
     pad: Annotated[int, Ge(0)] = 4
     """Move training images by up to this many pixels, filled with the mean colour; 0 = off."""
-    loader: Literal["auto", "ffcv", "torch"] = "auto"
-    """Which loader; auto = ffcv where it can be imported, else torch. Their pixels are the same."""
+    loader: Literal["auto", "ffcv", "torch", "device"] = "auto"
+    """Which loader; auto = ffcv where it can be imported, else torch; device = all images stay on the GPU, for sets
+    that fit there. Their pixels are the same."""
     num_workers: Annotated[int, Ge(0)] = 1
     """Threads (ffcv) or processes (torch, where 0 = none of its own) that decode, per rank."""
     quality: Annotated[int, Interval(ge=1, le=100)] | None = None

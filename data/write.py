@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EEXIST, ENOSPC, ENOTEMPTY
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
-from netslim.data.info import SPLITS, DataInfo, read_info, sha256, verify
+from netslim.data.info import SPLITS, DataInfo, LoaderName, read_info, sha256, verify
 from netslim.data.lock import exclusive
 from netslim.data.scan import Statistics, decoded
 from netslim.data.sources import DataConfig, Source, Split, open_source
@@ -44,13 +44,13 @@ def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
     return verify(directory) if check else read_info(directory)[0]
 
 
-def choose_loader(config: DataConfig) -> Literal["ffcv", "torch"]:
+def choose_loader(config: DataConfig) -> LoaderName:
     """The loader that "auto" stands for here; warns when it is the slower one.
 
     Raises ValueError when ffcv is asked for by name and cannot be imported.
     """
-    if config.loader == "torch":
-        return "torch"
+    if config.loader == "torch" or config.loader == "device":
+        return config.loader
     try:
         from netslim.data import ffcv_door  # noqa: F401
     except (ImportError, OSError) as error:
@@ -112,7 +112,7 @@ def _write(directory: Path, source: Source, config: DataConfig, loader: str, qui
                 write_beton(path, images, len(split), config.size, config.quality)
                 files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
                 _fsync(path)
-            elif name == "train":  # the torch loader decodes as it goes: only the figures are needed
+            elif name == "train":  # the other loaders read the images themselves: only the figures are needed
                 for _ in images:
                     pass
         mean, std = statistics.mean_std()

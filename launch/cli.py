@@ -147,7 +147,7 @@ def start_processes(
 
 def write_data(config: RunConfig) -> int:
     info = prepare(config.data, quiet=False)
-    where = info.directory or "nothing to write: the torch loader reads the images themselves"
+    where = info.directory or f"nothing to write: loader {info.loader} reads the images themselves"
     print(f"{info.num_train} training and {info.num_test} test images of {len(info.classes)} classes: {where}")
     return 0
 

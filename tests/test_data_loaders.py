@@ -1,5 +1,6 @@
-"""Batches are the same with either loader, on any number of ranks, every time."""
+"""Batches are the same with every loader, on any number of ranks, every time."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,12 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from netslim.data import DataConfig, DataInfo, Loaders, Shard, open_calibration, open_loaders, prepare
+from netslim.data import DataConfig, DataInfo, Loaders, Shard, device_loader, open_calibration, open_loaders, prepare
 from netslim.data import ffcv_loader as module
 
 CPU = torch.device("cpu")
+LOADERS = ["ffcv", "torch", "device"]
+OTHERS = ["torch", "device"]
+"""Held against FFCV, which the fixtures prepare."""
 
 
 @pytest.fixture
@@ -29,6 +34,12 @@ def info(config: DataConfig) -> DataInfo:
     return prepare(config, quiet=True)
 
 
+def by_loader(loader: str, config: DataConfig) -> tuple[DataConfig, DataInfo]:
+    """The same images by another loader."""
+    config = replace(config, loader=loader, num_workers=0)  # type: ignore[arg-type]
+    return config, prepare(config, quiet=True)
+
+
 def loaders(config: DataConfig, info: DataInfo, rank: int = 0, ranks: int = 1, accumulation: int = 1) -> Loaders:
     return open_loaders(config, info, Shard(rank, ranks), seed=7, accumulation=accumulation, device=CPU)
 
@@ -39,8 +50,9 @@ def epoch(opened: Loaders, number: int = 0, first_batch: int = 0) -> tuple[Tenso
     return torch.stack(images), torch.stack(labels)
 
 
-def test_batches_are_normalised_floats_in_channels_last(config: DataConfig, info: DataInfo) -> None:
-    images, labels = next(loaders(config, info).train.epoch(0))
+@pytest.mark.parametrize("loader", LOADERS)
+def test_batches_are_normalised_floats_in_channels_last(config: DataConfig, loader: str) -> None:
+    images, labels = next(loaders(*by_loader(loader, config)).train.epoch(0))
     assert (images.shape, images.dtype, labels.shape, labels.dtype) == (
         (96, 3, 32, 32),
         torch.float32,
@@ -57,14 +69,18 @@ def test_unaugmented_training_images_have_mean_0_and_deviation_1(config: DataCon
     torch.testing.assert_close(images.std((0, 1, 3, 4)), torch.ones(3), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("flip", "pad"), [(True, 4), (False, 3), (False, 0)])
-def test_both_loaders_give_the_same_pixels(config: DataConfig, info: DataInfo, flip: bool, pad: int) -> None:
+@pytest.mark.parametrize(("flip", "pad"), [(True, 4), (True, 0), (False, 3), (False, 31), (False, 0)])
+@pytest.mark.parametrize("loader", OTHERS)
+def test_every_loader_gives_the_same_pixels(
+    config: DataConfig, info: DataInfo, loader: str, flip: bool, pad: int
+) -> None:
     config = replace(config, flip=flip, pad=pad)
-    other = replace(config, loader="torch", num_workers=0)
-    images, labels = epoch(loaders(config, info), 3)
-    other_images, other_labels = epoch(loaders(other, prepare(other, quiet=True)), 3)
-    assert torch.equal(images, other_images)
-    assert torch.equal(labels, other_labels)
+    one, two = loaders(config, info), loaders(*by_loader(loader, config))
+    for number in (0, 3):
+        images, labels = epoch(one, number)
+        other_images, other_labels = epoch(two, number)
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
 
 
 def test_worker_processes_change_nothing(config: DataConfig, info: DataInfo) -> None:
@@ -81,21 +97,22 @@ def chunks(
     return [*open_calibration(config, info, shard, num_images=num_images, chunk_size=18, seed=7, device=CPU)]
 
 
-def test_calibration_images_are_training_images_without_augmentation_by_either_loader(
-    config: DataConfig, info: DataInfo
+@pytest.mark.parametrize("loader", LOADERS)
+def test_calibration_images_are_training_images_without_augmentation_by_every_loader(
+    config: DataConfig, info: DataInfo, loader: str
 ) -> None:
     plain = replace(config, flip=False, pad=0, batch_size=256)
     want, labels = (part[0] for part in epoch(loaders(plain, info)))
-    other = replace(config, loader="torch", num_workers=0)
-    for found in (chunks(config, info, 256), chunks(other, prepare(other, quiet=True), 256)):
-        assert torch.equal(torch.cat([images for _, images, _ in found]), want)
-        assert torch.equal(torch.cat([some for *_, some in found]), labels)
+    found = chunks(*by_loader(loader, config), 256)
+    assert torch.equal(torch.cat([images for _, images, _ in found]), want)
+    assert torch.equal(torch.cat([some for *_, some in found]), labels)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 40])
+@pytest.mark.parametrize(("loader", "ranks"), [("ffcv", 1), ("ffcv", 2), ("ffcv", 3), ("ffcv", 40), ("device", 3)])
 def test_chunks_for_calibration_do_not_depend_on_the_number_of_ranks(
-    config: DataConfig, info: DataInfo, ranks: int
+    config: DataConfig, loader: str, ranks: int
 ) -> None:
+    config, info = by_loader(loader, config)
     want = chunks(config, info, 300)
     found = sorted(
         (chunk for rank in range(ranks) for chunk in chunks(config, info, 300, rank, ranks)), key=lambda chunk: chunk[0]
@@ -110,9 +127,9 @@ def test_all_training_images_are_taken_where_more_are_asked_for(config: DataConf
     assert torch.equal(opened.first(2), next(iter(opened))[1][:2])
 
 
-def test_both_loaders_give_the_same_test_images(config: DataConfig, info: DataInfo) -> None:
-    other = replace(config, loader="torch", num_workers=0)
-    for one, two in zip(loaders(config, info).test, loaders(other, prepare(other, quiet=True)).test, strict=True):
+@pytest.mark.parametrize("loader", OTHERS)
+def test_every_loader_gives_the_same_test_images(config: DataConfig, info: DataInfo, loader: str) -> None:
+    for one, two in zip(loaders(config, info).test, loaders(*by_loader(loader, config)).test, strict=True):
         assert torch.equal(one[0], two[0])
         assert torch.equal(one[1], two[1])
 
@@ -128,11 +145,13 @@ def test_epochs_differ_in_order(config: DataConfig, info: DataInfo) -> None:
     assert not torch.equal(epoch(opened, 0)[1], epoch(opened, 1)[1])
 
 
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (3, 1), (1, 4), (2, 4)])
 def test_ranks_share_the_steps_of_a_single_process(
-    config: DataConfig, info: DataInfo, ranks: int, accumulation: int
+    config: DataConfig, info: DataInfo, loader: str, ranks: int, accumulation: int
 ) -> None:
     alone, alone_labels = epoch(loaders(config, info), 1)
+    config, info = by_loader(loader, config)
     parts = [epoch(loaders(config, info, rank, ranks, accumulation), 1) for rank in range(ranks)]
     # (steps * accumulation, ranks, n, ...) holds the images of a step one after the other
     images = torch.stack([part[0] for part in parts], dim=1).reshape(alone.shape)
@@ -141,10 +160,9 @@ def test_ranks_share_the_steps_of_a_single_process(
     assert torch.equal(labels, alone_labels)
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "torch"])
-def test_an_epoch_can_start_in_its_middle(config: DataConfig, loader: Any) -> None:
-    config = replace(config, loader=loader, num_workers=0)
-    opened = loaders(config, prepare(config, quiet=True), accumulation=2)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_epoch_can_start_in_its_middle(config: DataConfig, loader: str) -> None:
+    opened = loaders(*by_loader(loader, config), accumulation=2)
     assert torch.equal(epoch(opened, 1, first_batch=5)[0], epoch(opened, 1)[0][5:])
 
 
@@ -174,12 +192,11 @@ def global_batches(opened: list[Loaders], number: int, first: int, last: int, pa
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
-@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_an_epoch_goes_on_at_every_step_with_the_same_samples_and_pixels(
-    config: DataConfig, loader: Any, before: int, after: int, accumulation: int
+    config: DataConfig, loader: str, before: int, after: int, accumulation: int
 ) -> None:
-    config = replace(config, loader=loader, num_workers=0, batch_size=288, size=16, flip=True, pad=2)
-    info = prepare(config, quiet=True)
+    config, info = by_loader(loader, replace(config, batch_size=288, size=16, flip=True, pad=2))
 
     def opened(ranks: int) -> list[Loaders]:
         found = [loaders(config, info, rank, ranks, accumulation) for rank in range(ranks)]
@@ -199,8 +216,10 @@ def test_an_epoch_goes_on_at_every_step_with_the_same_samples_and_pixels(
     assert [len(each.train) for each in second] == [steps * accumulation] * after
 
 
+@pytest.mark.parametrize("loader", ["ffcv", "device"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_every_test_image_comes_exactly_once(config: DataConfig, info: DataInfo, ranks: int) -> None:
+def test_every_test_image_comes_exactly_once(config: DataConfig, loader: str, ranks: int) -> None:
+    config, info = by_loader(loader, config)
     parts = [loaders(config, info, rank, ranks).test for rank in range(ranks)]
     seen = [tuple(image.flatten().tolist()) for part in parts for images, _ in part for image in images]
     every = torch.cat([images for images, _ in loaders(config, info).test])
@@ -209,8 +228,9 @@ def test_every_test_image_comes_exactly_once(config: DataConfig, info: DataInfo,
     assert [len(part) for part in parts] == [len(list(part)) for part in parts]
 
 
-def test_a_rank_may_have_no_test_images(config: DataConfig, info: DataInfo) -> None:
-    assert list(loaders(replace(config, batch_size=356 * 2), info, 355, 356).test) == []
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_rank_may_have_no_test_images(config: DataConfig, loader: str) -> None:
+    assert list(loaders(*by_loader(loader, replace(config, batch_size=356 * 2)), 355, 356).test) == []
 
 
 def test_lengths_count_micro_batches_and_steps(config: DataConfig, info: DataInfo) -> None:
@@ -230,6 +250,61 @@ def test_a_file_cut_short_since_is_refused_on_opening(config: DataConfig, tmp_pa
         file.truncate(5000)
     with pytest.raises(ValueError, match=r"test\.beton has 5000 bytes"):
         loaders(config, info)
+
+
+def make_folder(root: Path) -> DataConfig:
+    """Two classes of noise, one grey and one in colour."""
+    draws = np.random.default_rng(0)
+    for split, num in (("train", 150), ("test", 40)):
+        for name, shape in (("colour", (20, 16, 3)), ("grey", (16, 20))):
+            (root / split / name).mkdir(parents=True)
+            for i in range(num):
+                pixels = draws.integers(0, 256, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return DataConfig(source="folder", root=root, cache=root / "cache", size=16, batch_size=30, eval_batch_size=30)
+
+
+def test_image_files_grey_ones_too_are_the_same_on_the_device(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    one, two = (loaders(*by_loader(loader, folder)) for loader in ("torch", "device"))
+    assert all(torch.equal(a, b) for a, b in zip(epoch(one), epoch(two), strict=True))
+    for first, second in zip(one.test, two.test, strict=True):
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+
+
+def test_an_image_damaged_since_is_named_when_all_are_put_on_the_device(tmp_path: Path) -> None:
+    config, info = by_loader("device", make_folder(tmp_path))
+    (tmp_path / "train" / "grey" / "7.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"train/grey/7\.png cannot be read"):
+        loaders(config, info)
+
+
+def test_images_that_have_no_room_on_the_device_are_refused(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, info = by_loader("device", config)
+    monkeypatch.setattr(device_loader, "free_memory", lambda _: 10 * 2**20)
+    with pytest.raises(
+        ValueError, match=r"1797 images of 32 x 32 take 7 MiB, more than half of the 10 MiB .* on cpu; u"
+    ):
+        loaders(config, info)
+
+
+def test_the_memory_that_is_free_is_less_than_the_machine_has() -> None:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < device_loader.free_memory(CPU) <= pages
+
+
+def test_all_loaders_of_a_process_share_the_images_on_the_device_until_none_is_left(config: DataConfig) -> None:
+    config, info = by_loader("device", replace(config, size=12))
+    one, two = loaders(config, info), loaders(config, info, 1, 2)
+    calibration = open_calibration(config, info, Shard(0, 1), num_images=64, chunk_size=8, seed=0, device=CPU)
+    readers: Any = [one.train._reader, two.train._reader, calibration._reader]
+    assert len({reader._resident.pixels.data_ptr() for reader in readers}) == 1
+    assert len([key for key in device_loader._residents if key[2] == 12]) == 2
+    del one, two, calibration, readers
+    assert [key for key in device_loader._residents if key[2] == 12] == []
 
 
 def test_an_error_in_the_loaders_thread_reaches_the_reader(
@@ -270,10 +345,9 @@ def test_a_left_epoch_ends_its_thread(config: DataConfig, info: DataInfo) -> Non
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "torch"])
-def test_reading_on_in_an_epoch_that_was_left_is_an_error(config: DataConfig, loader: Any) -> None:
-    config = replace(config, loader=loader, num_workers=0)
-    train = loaders(config, prepare(config, quiet=True)).train
+@pytest.mark.parametrize("loader", LOADERS)
+def test_reading_on_in_an_epoch_that_was_left_is_an_error(config: DataConfig, loader: str) -> None:
+    train = loaders(*by_loader(loader, config)).train
     first, second = train.epoch(0), train.epoch(1)
     next(first)
     next(second)
@@ -281,8 +355,9 @@ def test_reading_on_in_an_epoch_that_was_left_is_an_error(config: DataConfig, lo
         next(first)
 
 
-def test_a_batch_stays_as_it_was_while_later_ones_are_read(config: DataConfig, info: DataInfo) -> None:
-    kept = list(loaders(config, info).train.epoch(0))
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_batch_stays_as_it_was_while_later_ones_are_read(config: DataConfig, info: DataInfo, loader: str) -> None:
+    kept = list(loaders(*by_loader(loader, config)).train.epoch(0))
     copies = [images.clone() for images, _ in loaders(config, info).train.epoch(0)]
     assert all(torch.equal(images, copy) for (images, _), copy in zip(kept, copies, strict=True))
 
@@ -294,13 +369,13 @@ def test_jpeg_storage_is_close_to_the_raw_pixels(config: DataConfig, info: DataI
     assert (images - exact).abs().mean() < 0.05
 
 
-def test_no_global_random_state_is_touched(config: DataConfig, info: DataInfo) -> None:
-    other = replace(config, loader="torch", num_workers=0)
-    other_info = prepare(other, quiet=True)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_no_global_random_state_is_touched(config: DataConfig, loader: str) -> None:
+    config, info = by_loader(loader, config)
     numpy_state, torch_state = np.random.get_state()[1].copy(), torch.get_rng_state()  # type: ignore[index,union-attr]
-    for opened in (loaders(config, info), loaders(other, other_info)):
-        epoch(opened)
-        list(opened.test)
+    opened = loaders(config, info)
+    epoch(opened)
+    list(opened.test)
     assert (np.random.get_state()[1] == numpy_state).all()  # type: ignore[index]
     assert torch.equal(torch.get_rng_state(), torch_state)
 

@@ -186,10 +186,11 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         prepare(replace(config, cache=tmp_path / "file" / "cache"), quiet=True)
 
 
-def test_the_torch_loader_writes_only_the_figures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", ["torch", "device"])
+def test_the_loaders_without_files_write_only_the_figures(tmp_path: Path, loader: Any) -> None:
     config = make_folder(tmp_path)
-    ffcv, torch = prepare(config, quiet=True), prepare(replace(config, loader="torch"), quiet=True)
-    assert torch == replace(ffcv, directory=None, loader="torch")
+    ffcv, other = prepare(config, quiet=True), prepare(replace(config, loader=loader), quiet=True)
+    assert other == replace(ffcv, directory=None, loader=loader)
     assert [len(list((config.cache / name).iterdir())) for name in sorted(leftovers(config))] in ([1, 3], [3, 1])
 
 
@@ -197,6 +198,12 @@ def test_without_ffcv_auto_warns_and_takes_torch(monkeypatch: pytest.MonkeyPatch
     hide_ffcv(monkeypatch)
     with pytest.warns(UserWarning, match="ffcv cannot be imported"):
         assert choose_loader(DataConfig()) == "torch"
+
+
+@pytest.mark.parametrize("loader", ["torch", "device"])
+def test_without_ffcv_the_others_are_taken_without_a_word(monkeypatch: pytest.MonkeyPatch, loader: Any) -> None:
+    hide_ffcv(monkeypatch)
+    assert choose_loader(DataConfig(loader=loader)) == loader
 
 
 def test_without_ffcv_asking_for_it_is_an_error_with_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
