@@ -1,8 +1,9 @@
 """Slimming in flight: channels that sparsity training has brought to zero are cut while it goes on."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from netslim.prune import ChannelMap, Plan, Rules, absorb, choose_zeros, cost, cut, embed, norm_of, open_gammas
 from netslim.train import Runtime, SparsityConfig
 
-_GONE, _IDLE, _ALIVE = 0.0, 1.0, 2.0
-"""Scores: what is gone goes first, so that no rule can bring it back; what is alive does not go."""
+_GONE, _IDLE, _ALIVE = 0.0, 1.0, 3.0
+"""Scores: what is gone goes first, so that no rule can bring it back; then the idle, up to 2; what is alive stays."""
 
 
 class InFlight:
@@ -31,13 +32,15 @@ class InFlight:
         config: SparsityConfig,
         run: Runtime,
         example: Tensor,
+        most: float = 1.0,
     ) -> None:
         """``dense`` is the whole network, ``model`` what is trained of it, by a ``plan`` or all of it.
 
-        ``example`` (2, 3, height, width): images by which constants are told from values.
+        ``example`` (2, 3, height, width): images by which constants are told from values. ``most``: the share of the
+        channels that may be gone, in [0, 1]; of more at zero the others stay, since they may yet come back.
         """
         self.dense, self.model, self.plan, self.first = copy.deepcopy(dense), model, plan, plan
-        self.channels, self.config, self.run, self.example = channels, config, run, example
+        self.channels, self.config, self.run, self.example, self.most = channels, config, run, example, most
         self.rules = replace(rules, target="channels", score="gamma", reduce="max")
         self._macs: dict[str | None, int] = {}
 
@@ -54,11 +57,11 @@ class InFlight:
         return self.config.reconfigure_every is not None and epochs % self.config.reconfigure_every == 0
 
     def shrink(self, model: nn.Module, momenta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] | None:
-        whole = self.whole(model)
-        plan = Plan.from_json(self.run.on_main(lambda: self._choose(whole).to_json()))
+        whole, whole_momenta = self.whole(model), self.whole(_with_momenta(model, momenta))
+        plan = Plan.from_json(self.run.on_main(lambda: self._choose(whole, whole_momenta).to_json()))
         if plan.num_removed == (self.plan.num_removed if self.plan else 0):
             return None
-        small, moving = cut(whole, plan), cut(self.whole(_with_momenta(model, momenta)), plan)
+        small, moving = cut(whole, plan), cut(whole_momenta, plan)
         if self.config.reconfigure_below:
             absorb(whole, small, plan, self.example)
         self.run.check_equal(small, "after a cut in flight")
@@ -73,8 +76,15 @@ class InFlight:
     def gammas(self) -> list[nn.Parameter]:
         return open_gammas(self.dense, self.channels, self.rules, self.model)
 
-    def metrics(self) -> dict[str, float]:
-        return {"channels_gone": self.num_gone, "macs": self._price(self.state, self.model)}
+    def metrics(self, earlier: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """``macs_spent``: what the epochs so far have cost, as a share of what all would have like the first."""
+        macs = self._price(self.state, self.model)
+        spent = [*(line["macs"] for line in earlier if "macs" in line), macs]
+        return {
+            "channels_gone": self.num_gone,
+            "macs": macs,
+            "macs_spent": sum(spent) / len(spent) / spent[0],
+        }
 
     def whole(self, model: nn.Module) -> nn.Module:
         """The whole network, in which the channels that are gone have gamma and beta 0."""
@@ -85,20 +95,23 @@ class InFlight:
         whole = self.whole(self.model)
         return whole if self.first is None else cut(whole, self.first)
 
-    def _choose(self, whole: nn.Module) -> Plan:
+    def _choose(self, whole: nn.Module, momenta: nn.Module) -> Plan:
+        """The plan for the whole network, whose ``momenta`` are in a network of the same shape."""
         kept = {} if self.plan is None else {layer.name: layer.kept for layer in self.plan.layers}
-        scores = {}
+        pulls, scores = self.channels.named_gammas(momenta, self.rules.coupling), {}
         for name, gamma in self.channels.named_gammas(whole, self.rules.coupling).items():
-            magnitude = gamma.detach().abs().double().cpu()
+            magnitude, pull = (values.detach().abs().double().cpu() for values in (gamma, pulls[name]))
             idle = magnitude <= self.config.reconfigure_below
             beta = norm_of(whole, name).bias
             if beta is not None and not self.config.reconfigure_below:  # else what is left of it is absorbed
                 idle &= beta.detach().cpu() == 0
-            score = torch.where(idle, _IDLE, _ALIVE + magnitude)
+            # where not all can go, those first that are smallest, or that the loss pulls least
+            near = magnitude if self.config.reconfigure_below else pull
+            score = torch.where(idle, _IDLE + near / (1 + near), _ALIVE + magnitude)
             gone = torch.ones(len(score), dtype=torch.bool)
             gone[list(kept.get(name, range(len(score))))] = False
             scores[name] = score.masked_fill(gone, _GONE)
-        return choose_zeros(scores, self.channels, self.rules, _IDLE)
+        return choose_zeros(scores, self.channels, self.rules, _IDLE + 1, self.most)
 
     def _price(self, state: str | None, model: nn.Module) -> int:
         if state not in self._macs:

@@ -142,7 +142,10 @@ def sparsify(job: Job, turn: Pass) -> None:
     slimming = None
     if job.config.sparsity.reconfigure_every:
         example = job.run.on_main(two_images).to(job.run.device)
-        slimming = InFlight(dense, model, plan, channels, rules, job.config.sparsity, job.run, example)
+        turns = [turn] if turn.number > 1 else [Pass(ratio, 1, turn.count) for ratio in job.config.prune.ratio]
+        # what a ratio would leave must not go before; a ratio of parameters or MACs says nothing of channels
+        most = min(each.share for each in turns) if rules.target == "channels" else 1.0
+        slimming = InFlight(dense, model, plan, channels, rules, job.config.sparsity, job.run, example, most)
     train(
         job,
         model,
@@ -339,7 +342,9 @@ def train(
             saver=saver,
             slimming=slimming,
         )
-        model = model if slimming is None else slimming.result()
+        if slimming is not None:
+            model, spent = slimming.result(), fitted["macs_spent"]
+            record.say(f"{slimming.num_gone} channels went in flight; training took {spent:.0%} of the whole's MACs")
         complete = finish(job, model, plan, directory, {**row, **fitted}, started)
         conclude(job, record, directory, complete, [] if source is None else [source])
 

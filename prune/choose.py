@@ -53,13 +53,15 @@ def choose(
     return choice.by_count() if share_gone is None else choice.by_share(share_gone)
 
 
-def choose_zeros(scores: Mapping[str, Tensor], channels: ChannelMap, rules: Rules, limit: float = 0.0) -> Plan:
+def choose_zeros(
+    scores: Mapping[str, Tensor], channels: ChannelMap, rules: Rules, limit: float = 0.0, most: float = 1.0
+) -> Plan:
     """Choose every channel whose score is at most the limit, but for those that the rules hold.
 
-    Scores as in `choose`. The plan's ratio is the share that goes.
+    Scores as in `choose`. At most a share of ``most`` of all channels goes, those of smallest score. The plan's ratio
+    is the share that goes.
     """
-    units = units_of(scores, channels, rules)
-    return _Choice(units, channels, 0.0, rules).by_limit(limit)
+    return _Choice(units_of(scores, channels, rules), channels, 0.0, rules).by_limit(limit, most)
 
 
 class _Choice:
@@ -112,10 +114,10 @@ class _Choice:
                 high = middle
         return plan_of(high)
 
-    def by_limit(self, limit: float) -> Plan:
-        """Take the units whose score is at most the limit."""
+    def by_limit(self, limit: float, most: float) -> Plan:
+        """Take the units whose score is at most the limit, in their order until a share of ``most`` is gone."""
         low = self.units.scores <= limit
-        asked = int(self.units.sizes[low].sum())
+        asked = min(int(self.units.sizes[low].sum()), math.floor(_exact(most) * self.count))
         taken, refused = self._take_carefully(asked)  # in their order, and others where the rules hold one of them
         plan = self._plan(taken & low, refused & low, asked)
         return replace(plan, ratio=plan.num_removed / max(1, plan.num_channels))

@@ -62,6 +62,7 @@ def train(
     die_after: int | None = None,
     network: ModelConfig = VGG,
     coupling: Coupling = "group",
+    most: float = 1.0,
 ) -> dict[str, Any]:
     """What the training came to: weights in the shapes of the whole network, and the losses around each cut."""
     with warnings.catch_warnings():
@@ -73,7 +74,7 @@ def train(
             nn.init.uniform_(norm.weight, 0.05, 1.0, generator=draws)  # so that they do not all arrive at once
         channels, rules = map_channels(dense, EXAMPLE, coupling), Rules(min_share=0.1, coupling=coupling)
         shares = Shares(run, 20)
-        slimming = Observed(dense, dense, None, channels, rules, sparsity, run, EXAMPLE, shares=shares)
+        slimming = Observed(dense, dense, None, channels, rules, sparsity, run, EXAMPLE, most, shares=shares)
         images = Images(run, STEPS) if die_after is None else Dying(run, STEPS, batches=die_after)
         checkpoint = CheckpointConfig(steps=1, keep=100)
         saver = Saver(Store(directory / "checkpoints", 100), run, checkpoint, {"stage": "sparse"})
@@ -108,6 +109,15 @@ def test_the_loss_is_the_same_before_and_after_a_cut(zero: int, world_size: int,
     assert channels_gone == sorted(channels_gone)
     macs = [line["macs"] for line in lines(tmp_path / "run")]
     assert macs[-1] < 0.7 * macs[0]
+    assert lines(tmp_path / "run")[-1]["macs_spent"] == pytest.approx(sum(macs) / len(macs) / macs[0])
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_compiled_anew_after_every_cut(tmp_path: Path) -> None:
+    (found,) = run_ranks(train, 1, tmp_path, tmp_path / "run", EngineConfig(compile=True))
+    assert len(found["losses"]) >= 2, "cuts"
+    for before, after, _ in found["losses"]:
+        assert abs(before - after) <= 1e-5
 
 
 def test_every_engine_trains_to_the_same_weights(tmp_path: Path) -> None:
@@ -184,6 +194,13 @@ def test_channels_near_zero_go_by_the_subgradient_and_their_constants_stay(tmp_p
         assert abs(before - after) < 0.1
 
 
+def test_no_more_channels_go_in_flight_than_the_ratio_asks_for(tmp_path: Path) -> None:
+    arguments = (EngineConfig(), PROXIMAL, None, VGG, "group", 0.2)
+    (found,) = run_ranks(train, 1, tmp_path, tmp_path / "run", *arguments)
+    num = sum(len(weight) for name, weight in found["weights"].items() if name.endswith("running_mean"))
+    assert found["gone"] == num // 5
+
+
 def test_what_is_gone_has_gamma_and_beta_zero_and_a_ratio_counts_it(
     netslim: Netslim, tmp_path: Path, data_cache: Path
 ) -> None:
@@ -214,6 +231,8 @@ def test_zeros_go_but_for_what_the_rules_hold() -> None:
     plan = choose_zeros(scores, channels, Rules(min_channels=3))
     assert {layer.name: layer.kept for layer in plan.layers} == {"1": (1, 4, 5), "4": (1, 2, 3)}
     assert plan.ratio == plan.num_removed / plan.num_channels == 0.4
+    plan = choose_zeros(scores, channels, Rules(), most=0.3)
+    assert {layer.name: layer.kept for layer in plan.layers} == {"1": (1, 4, 5), "4": (0, 1, 2, 3)}
     assert choose_zeros({name: score + 1 for name, score in scores.items()}, channels, Rules()).num_removed == 0
 
 

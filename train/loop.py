@@ -59,8 +59,8 @@ class Slimming(Protocol):
     def gammas(self) -> list[nn.Parameter]:
         """Those of the present network that are penalised."""
 
-    def metrics(self) -> dict[str, float]:
-        """What an epoch's metrics say of the present network."""
+    def metrics(self, earlier: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """What an epoch's metrics say of the present network, and with those of ``earlier`` epochs of all so far."""
 
 
 def fit(
@@ -150,7 +150,10 @@ class Training:
             penalty.attach(self.optimizer, self.masters.fragments_of(names))
             if self.slimming is not None:
                 BetaFade(self.sparsity.weight).attach(self.optimizer, self.betas(names))
-        self.forward = torch.compile(self.wrapped) if run.config.compile else self.wrapped
+        self.forward = self.wrapped
+        if run.config.compile:
+            torch.compiler.reset()  # or the networks before this one would count towards torch's limit of compilations
+            self.forward = torch.compile(self.wrapped, dynamic=False)
 
     def betas(self, gammas: Sequence[str]) -> list[tuple[Fragment, Tensor]]:
         """What this rank steps of the betas beside these gammas, each with the gamma that the forward pass reads."""
@@ -312,16 +315,16 @@ class Training:
             "seconds": progress.seconds_so_far(),
             "checkpoint_seconds": progress.saving_seconds,
             "skipped_steps": progress.skipped,
-            **(self.gammas_now() if self.gammas else {}),
+            **(self.gammas_now(progress.metrics) if self.gammas else {}),
         }
         progress.next_epoch(metrics)
         self.record.epoch(metrics, self.model, of=self.config.epochs)
 
-    def gammas_now(self) -> dict[str, float]:
+    def gammas_now(self, earlier: Sequence[dict[str, Any]]) -> dict[str, float]:
         """How far the gammas are; those of channels that are gone are 0."""
         gone = torch.zeros(0 if self.slimming is None else self.slimming.num_gone, device=self.run.device)
         found = gamma_summary([*self.gammas, gone])
-        return found if self.slimming is None else {**found, **self.slimming.metrics()}
+        return found if self.slimming is None else {**found, **self.slimming.metrics(earlier)}
 
     def bring_back(self) -> None:
         """Give the model the weights and statistics of the copy that ZeRO trains."""

@@ -288,7 +288,7 @@ def show_stages(results: Results, found: dict[str, list[Found]]) -> None:
 def show_epochs(results: Results, runs: list[Found]) -> None:
     """What an epoch of the training that gets smaller costs."""
     rows = []
-    dense = runs[0]["stages"][next(iter(runs[0]["stages"]))]["sparse"]["macs"]
+    dense = runs[0]["epochs"][0]["macs"]
     spent = statistics.mean(line["macs"] / dense for run in runs for line in run["epochs"])
     for number, lines in enumerate(zip(*(run["epochs"] for run in runs), strict=True), 1):
         speed, gone, macs = (
