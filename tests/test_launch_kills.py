@@ -9,20 +9,16 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import TEMPLATE
 from test_end_to_end import SHORT
 from test_launch_faults import assert_equal_runs
 
 from netslim.launch.mistakes import LOST_RANK, guarded
-
-# A template of a process that has everything imported, of which the ranks are copies: they start in no time.
-context = get_context("forkserver")
-context.set_forkserver_preload(["netslim.launch.recipe", "accelerate", "sklearn.datasets", "test_launch_kills"])
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ def run(directory: Path, flags: list[object], kill: tuple[int, float] | None = N
     arguments = ["digits", "--run-dir", str(directory / "run"), *map(str, flags)]
     log = directory / "log"
     log.write_text("")
-    ranks = [context.Process(target=be_rank, args=(rank, port, arguments, str(log))) for rank in range(2)]
+    ranks = [TEMPLATE.Process(target=be_rank, args=(rank, port, arguments, str(log))) for rank in range(2)]
     started = time.monotonic()
     for process in ranks:
         process.start()
@@ -82,7 +78,7 @@ def flags(data_cache: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, flags: list[object]) -> dict[str, tuple[Path, float]]:
     """For each loader a run that nobody disturbs, and its seconds."""
-    first = context.Process(target=int)  # or the first run's seconds would be the template's too
+    first = TEMPLATE.Process(target=int)  # or the first run's seconds would be the template's too
     first.start()
     first.join()
     found = {}
