@@ -100,11 +100,7 @@ class RunConfig:
     """Where the run is kept, on storage that all nodes share; None is runs/PRESET."""
 
     def __post_init__(self) -> None:
-        if self.sparsity.reconfigure_every and self.engine.zero == 3:
-            raise ValueError(
-                "sparsity.reconfigure_every needs whole gammas on every rank, which engine.zero 3 divides; "
-                "use engine.zero 0, 1 or 2"
-            )
+        self.sparsity.interval(f"zero{self.engine.zero}")  # it refuses what cannot be, before anything starts
 
 
 _ADAPTER = TypeAdapter(RunConfig)

@@ -54,7 +54,7 @@ class InFlight:
         return (self.plan.num_removed if self.plan else 0) - (self.first.num_removed if self.first else 0)
 
     def is_due(self, epochs: int) -> bool:
-        return self.config.reconfigure_every is not None and epochs % self.config.reconfigure_every == 0
+        return epochs % self.config.interval(self.run.engine) == 0
 
     def shrink(self, model: nn.Module, momenta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] | None:
         whole, whole_momenta = self.whole(model), self.whole(_with_momenta(model, momenta))

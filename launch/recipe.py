@@ -140,7 +140,7 @@ def sparsify(job: Job, turn: Pass) -> None:
         return images[:2].cpu()
 
     slimming = None
-    if job.config.sparsity.reconfigure_every:
+    if job.config.sparsity.interval(job.run.engine):
         example = job.run.on_main(two_images).to(job.run.device)
         turns = [turn] if turn.number > 1 else [Pass(ratio, 1, turn.count) for ratio in job.config.prune.ratio]
         # what a ratio would leave must not go before; a ratio of parameters or MACs says nothing of channels

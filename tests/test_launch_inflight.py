@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -242,6 +242,17 @@ def test_a_penalty_that_brings_nothing_to_zero_is_refused(netslim: Netslim, tmp_
     assert code == 2
     assert_one_line(said, "sparsity.reconfigure_every", "proximal", "sparsity.reconfigure_below")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "engine", "interval"),
+    [("proximal", "ddp", 5), ("proximal", "zero2", 5), ("proximal", "zero3", 0), ("subgradient", "ddp", 0)],
+)
+def test_channels_go_in_flight_by_default_where_zeros_are_exact_and_gammas_whole(
+    method: Literal["subgradient", "proximal"], engine: str, interval: int
+) -> None:
+    assert SparsityConfig(method=method).interval(engine) == interval
+    assert SparsityConfig(method=method, reconfigure_every=0).interval(engine) == 0
 
 
 def test_zero_stage_3_is_refused() -> None:

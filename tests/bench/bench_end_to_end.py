@@ -160,8 +160,8 @@ def netslim(options: argparse.Namespace, seed: int, method: Sequence[object], ca
 
 
 def contestants(options: argparse.Namespace, cache: Path) -> dict[str, Callable[[int], Found]]:
-    proximal = ["--sparsity.method", "proximal"]
-    in_flight = [*proximal, "--sparsity.reconfigure-every", options.reconfigure_every]
+    proximal = ["--sparsity.method", "proximal", "--sparsity.reconfigure-every", 0]
+    in_flight = [*proximal[:-1], options.reconfigure_every]
 
     def alone(seed: int) -> Found:
         """In a process of its own, as a user would start it."""
