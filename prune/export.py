@@ -9,16 +9,18 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 from netslim.prune.artefact import load, replace_all, save
 from netslim.prune.fold import folded
 from netslim.prune.plan import Plan
 from netslim.prune.surgery import relative_difference, tensors
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 Format = Literal["onnx", "pt2", "weights"]
 """onnx: one file for any runtime of that format; pt2: for torch.export.load; weights: a directory for `load`."""
@@ -28,7 +30,6 @@ TOLERANCE = 1e-4
 
 Run = Callable[[Tensor], list[Tensor]]
 
-_ANY_BATCH = ({0: Dim("batch")},)
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _LARGEST = 2**31 - 1  # bytes, what protobuf can hold in one message
 
@@ -107,9 +108,11 @@ def _not_in_place(model: nn.Module) -> nn.Module:
 
 def _program(model: nn.Module, images: Tensor) -> ExportedProgram:
     """Export with torch.export, for a batch of any size."""
+    from torch.export import export  # here: it takes a second, and few processes need it
+
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (images,), dynamic_shapes=_ANY_BATCH)
+            program = export(model, (images,), dynamic_shapes=_any_batch())
     except Exception as error:  # it runs the network's own code, which may raise anything
         raise ValueError(
             f"torch.export cannot export the network: {_first_line(error)}; its forward must take images alone, "
@@ -120,6 +123,12 @@ def _program(model: nn.Module, images: Tensor) -> ExportedProgram:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
+
+
+def _any_batch() -> tuple[dict[int, Any]]:
+    from torch.export import Dim
+
+    return ({0: Dim("batch")},)
 
 
 def _to_pt2(program: ExportedProgram, images: Tensor) -> tuple[bytes, Run]:
@@ -134,7 +143,7 @@ def _to_onnx(program: ExportedProgram, images: Tensor) -> tuple[bytes, Run]:
     import onnxruntime
 
     names = ["logits"] if len(program.graph_signature.user_outputs) == 1 else None
-    options: dict[str, Any] = {"dynamic_shapes": _ANY_BATCH, "input_names": ["images"], "output_names": names}
+    options: dict[str, Any] = {"dynamic_shapes": _any_batch(), "input_names": ["images"], "output_names": names}
     try:
         made = torch.onnx.export(program, (images,), dynamo=True, verbose=False, **options)
     except Exception as error:  # many kinds, of two packages

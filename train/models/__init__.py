@@ -7,7 +7,6 @@ from functools import partial
 from typing import Annotated
 
 import torch
-import torchvision
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
@@ -51,7 +50,9 @@ _NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 def model_names() -> list[str]:
     """Every name that ``build_model`` knows; where torchvision has the same name, the CIFAR form is meant."""
-    return sorted({*_NETWORKS, *torchvision.models.list_models(module=torchvision.models)})
+    from torchvision import models  # here, as below: a third of the seconds that a process needs to start
+
+    return sorted({*_NETWORKS, *models.list_models(module=models)})
 
 
 def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
@@ -92,7 +93,9 @@ def build_network(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
     _check_network(name, width)
     make = _NETWORKS.get(name)
     if make is None:
-        network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        from torchvision import models
+
+        network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
         return network
     model = make(num_classes=num_classes, width=width)
     _initialise(model)
@@ -108,12 +111,13 @@ def check_model(config: ModelConfig) -> None:
 
 
 def _check_network(name: str, width: float) -> None:
+    if name in _NETWORKS:
+        return
     names = model_names()
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
         raise ValueError(f"no model is called {name!r}; the nearest are {', '.join(nearest) or ', '.join(_NETWORKS)}")
-    if name not in _NETWORKS:
-        _check_width(name, width)
+    _check_width(name, width)
 
 
 def _check_width(name: str, width: float) -> None:
