@@ -150,7 +150,7 @@ class Training:
             penalty.attach(self.optimizer, self.masters.fragments_of(names))
             if self.slimming is not None:
                 BetaFade(self.sparsity.weight).attach(self.optimizer, self.betas(names))
-        self.forward = self.wrapped
+        self.forward: Callable[..., tuple[Tensor, Tensor]] = self.wrapped
         if run.config.compile:
             torch.compiler.reset()  # or the networks before this one would count towards torch's limit of compilations
             self.forward = torch.compile(self.wrapped, dynamic=False)
