@@ -32,6 +32,8 @@ ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 KillWait=5
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=2,batch_sched_delay=1,sched_min_interval=0
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
 SlurmctldPidFile={directory}/slurmctld.pid
