@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +256,7 @@ class Training:
         sums[0] += loss.detach() * len(labels)
         sums[1] += (logits.detach().argmax(1) == labels).sum()
         sums[2] += len(labels)
-        return cast(Tensor, loss.detach())
+        return loss.detach()
 
     def confirm(self, progress: Progress) -> None:
         """Make sure that the steps so far were taken; every rank finds alike, because gradients were added over ranks.
