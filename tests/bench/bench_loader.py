@@ -1,36 +1,34 @@
-"""FFCV's loader against torchvision's own, with the same augmentation, batch size and number of workers.
+"""netslim's loaders against torch's DataLoader with torchvision's transforms.
 
-    python tests/bench/bench_loader.py [--images 10000] [--workers 1] [--repeats 3]
-
-Both read 32x32 images (scikit-learn's digits, repeated): FFCV from a .beton; torch's DataLoader, with torchvision's
-v2 transforms, from files in folders and from a list of images in memory. Repetitions are interleaved, so that a busy
-machine slows all alike; the first epoch, with compilation and the start of the workers, is shown apart.
+python tests/bench/bench_loader.py [--images 10000] [--workers 1] [--repeats 5]
 """
 
-import argparse
-import os
-import platform
-import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from PIL import Image
+from results import Cell, Results, medians, new_parser, seconds, take_turns
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from netslim.data import DataConfig, Shard, open_loaders, prepare
+from netslim.data import DataConfig, DataInfo, Shard, open_loaders, prepare
 from netslim.data.sources import open_source
 
-BATCH = 128
-PAD = 4
+BATCH, PAD = 128, 4
+FFCV, RESIDENT, FILES, MEMORY = "netslim, FFCV", "netslim, device-resident", "torchvision, files", "torchvision, memory"
+ABOUT = """An epoch of 32x32 images (scikit-learn's digits, repeated) with the same augmentation, batch size and number
+of workers: netslim reads a .beton by FFCV, or holds all images on the device, here the CPU; torch's DataLoader reads
+files in folders, or a list of decoded images in memory, through torchvision's v2 transforms. The first epoch, with
+compilation and the start of the workers, is shown apart. All compute on one thread."""
+
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class InMemory(Dataset[Any]):
@@ -61,80 +59,80 @@ def write_images(root: Path, num: int) -> list[tuple[Image.Image, int]]:
     return images
 
 
-def seconds(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """How long reading all batches takes; each is looked at, so that no lazy copy is missed."""
-    start = time.perf_counter()
+def read(batches: Batches) -> None:
+    """Every batch is looked at, so that no lazy copy is missed."""
     total = torch.zeros(())
     for images, _ in batches:
         total += images[0, 0, 0, 0]
-    return time.perf_counter() - start
+
+
+def netslim_epochs(config: DataConfig, info: DataInfo) -> Iterator[Batches]:
+    train = open_loaders(config, info, Shard(0, 1), seed=0, device=torch.device("cpu")).train
+    return (train.epoch(number) for number in count())
+
+
+def torchvision_loader(dataset: Dataset[Any], workers: int) -> DataLoader[Any]:
+    return DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
     # Else the normalisation waits at OpenMP's barriers for whoever shares the cores: up to eight times slower.
     torch.set_num_threads(1)
+    results = Results("Loaders", ABOUT)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        images = write_images(root, args.images)
-        config = DataConfig(
-            source="folder", root=root, cache=root / "cache", batch_size=BATCH, pad=PAD, num_workers=args.workers
+        images = write_images(root, options.images)
+        beton = DataConfig(
+            source="folder",
+            root=root,
+            cache=root / "cache",
+            batch_size=BATCH,
+            pad=PAD,
+            num_workers=options.workers,
+            loader="ffcv",
         )
-        start = time.perf_counter()
-        info = prepare(config, quiet=True)
-        print(f"prepare: {info.num_train} images in {time.perf_counter() - start:.1f} s, once")
-        train = open_loaders(config, info, Shard(0, 1), seed=0, device=torch.device("cpu")).train
+        resident = replace(beton, loader="device")
+        info = prepare(beton, quiet=True)
         fill = tuple(round(255 * mean) for mean in info.mean)
         transform = v2.Compose(
             [
-                v2.RandomCrop(config.size, padding=PAD, fill=fill),
+                v2.RandomCrop(beton.size, padding=PAD, fill=fill),
                 v2.RandomHorizontalFlip(),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(info.mean, info.std),
             ]
         )
-        options: dict[str, Any] = {
-            "batch_size": BATCH,
-            "shuffle": True,
-            "drop_last": True,
-            "num_workers": args.workers,
-            "persistent_workers": args.workers > 0,
-        }
-        folder = DataLoader(ImageFolder(root / "train", transform), **options)
-        memory = DataLoader(InMemory(images, transform), **options)
-        epochs = iter(range(args.repeats + 1))
+        epochs = {FFCV: netslim_epochs(beton, info), RESIDENT: netslim_epochs(resident, prepare(resident, quiet=True))}
+        files = torchvision_loader(ImageFolder(root / "train", transform), options.workers)
+        memory = torchvision_loader(InMemory(images, transform), options.workers)
         contestants: dict[str, Callable[[], float]] = {
-            "netslim, FFCV": lambda: seconds(train.epoch(next(epochs))),
-            "torchvision, files": lambda: seconds(folder),
-            "torchvision, memory": lambda: seconds(memory),
+            FFCV: lambda: seconds(lambda: read(next(epochs[FFCV]))),
+            RESIDENT: lambda: seconds(lambda: read(next(epochs[RESIDENT]))),
+            FILES: lambda: seconds(lambda: read(files)),
+            MEMORY: lambda: seconds(lambda: read(memory)),
         }
-        first = {name: run() for name, run in contestants.items()}
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(args.repeats):
-            for name, run in contestants.items():
-                times[name].append(run())
-    report(args, len(train) * BATCH, first, times)
-
-
-def report(args: argparse.Namespace, num: int, first: dict[str, float], times: dict[str, list[float]]) -> None:
-    """Medians, their spread and the ratio to FFCV, under the machine and the versions."""
-    cores = len(os.sched_getaffinity(0))
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, ffcv {version('ffcv')}"
-    print(f"{platform.machine()}, {cores} cores, Python {platform.python_version()}, {versions}")
-    print(f"32x32, batch {BATCH}, {args.workers} worker(s), {args.repeats} epochs of {num} images, medians")
-    best = statistics.median(times["netslim, FFCV"])
-    for name, measured in times.items():
-        median = statistics.median(measured)
-        print(
-            f"{name:20} {num / median:9,.0f} images/s  ({num / max(measured):,.0f} to {num / min(measured):,.0f})  "
-            f"first epoch {first[name]:.1f} s  FFCV is {median / best:.1f} times as fast"
-        )
+        first = medians(take_turns(contestants, 1))
+        found = take_turns(contestants, options.repeats)
+    num, middle = options.images // BATCH * BATCH, medians(found)
+    rows: list[list[Cell]] = [
+        [who, num / middle[who], num / max(took), num / min(took), first[who], middle[who] / middle[FFCV]]
+        for who, took in found.items()
+    ]
+    results.table(
+        ("loader", "images/s", "slowest epoch", "fastest epoch", "first epoch, s", "time / FFCV's"),
+        rows,
+        f"{num:,} images, batches of {BATCH}, {options.workers} worker(s), medians of {options.repeats} epochs.",
+    )
+    results.headline("torchvision from memory / netslim by FFCV, seconds of an epoch", middle[MEMORY] / middle[FFCV])
+    results.headline("torchvision from memory / netslim device-resident", middle[MEMORY] / middle[RESIDENT])
+    results.finish(options.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,25 +1,15 @@
-"""How long slimming takes once the weights are there: channel map, plan and cut, beside Torch-Pruning 1.6.1.
+"""How long slimming takes once the weights are there, beside Torch-Pruning 1.6.1.
 
-    python tests/bench/bench_prune.py [--networks vgg19 resnet50 densenet121 densenet201] [--size 224] [--repeats 5]
-
-Both remove half of the channels by one global threshold on |gamma|, at random gammas. Building Torch-Pruning's pruner
-counts, as the map does: both happen once per network. Copying the network for each repetition does not, although the
-copy is part of netslim's cut, which leaves the model as it was. Repetitions are interleaved, so that a busy machine
-slows all alike. Torch-Pruning needs minutes for densenet201; name the other networks to leave it out.
+python tests/bench/bench_prune.py [--networks vgg19 resnet50 densenet121 densenet201] [--size 224] [--repeats 5]
 """
 
-import argparse
 import copy
-import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import partial
 
 import torch
 import torch_pruning
+from results import Cell, Results, medians, new_parser, seconds, take_turns
 from torch import Tensor, nn
 from torchvision.models import get_model
 
@@ -28,6 +18,12 @@ from netslim.train import ModelConfig, build_model
 
 NETWORKS = ("vgg19", "resnet50", "densenet121", "densenet201")
 RATIO = 0.5
+ABOUT = f"""Channel map, plan and cut by netslim against building Torch-Pruning's pruner and its one step. Both remove
+{RATIO:.0%} of the channels by one global threshold on |gamma|, at random gammas. Copying the network for each
+repetition does not count, although the copy is part of netslim's cut, which leaves the model as it was. Both compute on
+one thread: neither has much to compute, and more would only wait for whoever shares the cores."""
+
+Slim = Callable[[nn.Module, Tensor], nn.Module]
 
 
 def build(name: str) -> nn.Module:
@@ -58,41 +54,45 @@ def torch_pruning_(model: nn.Module, example: Tensor) -> nn.Module:
     return model
 
 
-def seconds(slim: Callable[[nn.Module, Tensor], nn.Module], model: nn.Module, example: Tensor) -> float:
+def measure(slim: Slim, model: nn.Module, example: Tensor) -> float:
     model = copy.deepcopy(model)
-    started = time.perf_counter()
-    slim(model, example)
-    return time.perf_counter() - started
+    return seconds(lambda: slim(model, example))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--size", type=int, default=224, help="pixels of ImageNet's images")
     parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # neither has much to compute; more threads only wait for whoever shares the cores
-    cores = len(os.sched_getaffinity(0))
-    versions = f"torch {torch.__version__}, torch-pruning {version('torch-pruning')}"
-    print(f"{platform.machine()}, {cores} cores, 1 thread, Python {platform.python_version()}, {versions}")
-    print(f"ratio {RATIO}; medians of {args.repeats} interleaved repetitions, and their range")
-    for name in args.networks:
-        size = 32 if name == "vgg19" else args.size
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results("Pruning", ABOUT)
+    rows: list[list[Cell]] = []
+    ratios = []
+    for name in options.networks:
+        size = 32 if name == "vgg19" else options.size
         model, example = build(name), torch.randn(1, 3, size, size)
-        seconds(netslim, model, example)  # what only the first call in a process pays
-        times: dict[str, list[float]] = {"netslim": [], "torch-pruning": []}
-        for _ in range(args.repeats):
-            times["netslim"].append(seconds(netslim, model, example))
-            times["torch-pruning"].append(seconds(torch_pruning_, model, example))
-        report(name, size, times)
-
-
-def report(name: str, size: int, times: dict[str, list[float]]) -> None:
-    medians = {who: statistics.median(measured) for who, measured in times.items()}
-    ranges = ", ".join(f"{who} {medians[who]:.3f} s ({min(t):.3f} to {max(t):.3f})" for who, t in times.items())
-    ratio = medians["torch-pruning"] / medians["netslim"]
-    print(f"{name:12} {size}x{size}: {ranges}; netslim is {ratio:.1f} times as fast", flush=True)
+        contestants = {
+            "netslim": partial(measure, netslim, model, example),
+            "Torch-Pruning": partial(measure, torch_pruning_, model, example),
+        }
+        contestants["netslim"]()  # what only the first call in a process pays
+        found = take_turns(contestants, options.repeats)
+        middle = medians(found)
+        ratios.append(middle["Torch-Pruning"] / middle["netslim"])
+        for who, took in found.items():
+            rows.append(
+                [name, f"{size}x{size}", who, middle[who], min(took), max(took), middle[who] / middle["netslim"]]
+            )
+    results.table(
+        ("network", "images", "by", "seconds", "least", "most", "time / netslim's"),
+        rows,
+        f"Medians of {options.repeats} repetitions.",
+    )
+    for name, ratio in zip(options.networks, ratios, strict=True):
+        results.headline(f"Torch-Pruning / netslim, seconds for {name}", ratio)
+    results.finish(options.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,12 +1,8 @@
-"""What Weights & Biases costs a run whose W&B server cannot be reached, from the command to the end of its process.
+"""What Weights & Biases costs a run whose W&B server cannot be reached.
 
-    python tests/bench/bench_record.py [--repeats 1] [flags of `netslim run digits`]
-
-The same short run with W&B disabled, offline, and online at an address that refuses connections and at one that
-accepts them and is silent. Repetitions are interleaved, so that a busy machine slows all alike.
+python tests/bench/bench_record.py [--repeats 3] [flags of `netslim run digits`]
 """
 
-import argparse
 import os
 import socket
 import statistics
@@ -14,9 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+from results import Cell, Results, new_parser, take_turns
+
 SHORT = "--sparsify.epochs 2 --finetune.epochs 1 --prune.ratio 0.5 --model.width 0.125 --data.size 16 --num-processes 1"
+ABOUT = f"""The same short run, from the command to the end of its process, with W&B disabled, offline, and online at an
+address that refuses connections and at one that accepts them and is silent: `netslim run digits {SHORT}`."""
 
 
 def measure(mode: str, url: str, flags: list[str], directory: Path) -> tuple[float, str]:
@@ -39,15 +40,17 @@ def measure(mode: str, url: str, flags: list[str], directory: Path) -> tuple[flo
             text=True,
             check=False,
         )
-        seconds = time.perf_counter() - started
+        took = time.perf_counter() - started
     assert done.returncode == 0, done.stderr
-    return seconds, "; ".join(line for line in done.stderr.splitlines() if "W&B" in line)
+    said = "; ".join(line for line in done.stderr.splitlines() if "W&B" in line)
+    return took, said.replace(url, "URL").replace(str(runs), "DIR")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser = new_parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
     options, flags = parser.parse_known_args()
+    results = Results("Weights & Biases", ABOUT)
     with tempfile.TemporaryDirectory() as name, socket.socket() as silent, socket.socket() as refusing:
         silent.bind(("127.0.0.1", 0))
         silent.listen(128)
@@ -61,16 +64,23 @@ def main() -> None:
         }
         flags = [*flags, *([] if "--data.cache" in flags else ["--data.cache", f"{name}/cache"])]
         measure(*cases["disabled"], flags, Path(name))  # writes the images
-        seconds: dict[str, list[float]] = {case: [] for case in cases}
-        for _ in range(options.repeats):
-            for case, (mode, url) in cases.items():
-                found, said = measure(mode, url, flags, Path(name))
-                seconds[case].append(found)
-                print(f"{case:16} {found:7.1f} s  {said}", flush=True)
-    base = statistics.median(seconds["offline"])
-    for case, found_seconds in seconds.items():
-        median = statistics.median(found_seconds)
-        print(f"{case:16} median {median:7.1f} s  {median - base:+6.1f} s against offline")
+        contestants = {case: partial(measure, mode, url, flags, Path(name)) for case, (mode, url) in cases.items()}
+        found = take_turns(contestants, options.repeats)
+    took = {case: [each for each, _ in runs] for case, runs in found.items()}
+    middle = {case: statistics.median(each) for case, each in took.items()}
+    base = middle["offline"]
+    rows: list[list[Cell]] = [
+        [case, middle[case], min(each), max(each), middle[case] / base, middle[case] - base]
+        for case, each in took.items()
+    ]
+    said = " ".join(f"{case}: “{runs[-1][1]}”" for case, runs in found.items() if runs[-1][1])
+    results.table(
+        ("W&B", "seconds", "least", "most", "time / offline", "s against offline"),
+        rows,
+        f"Medians of {options.repeats} runs. What they said of W&B: {said or 'nothing'}",
+    )
+    results.headline("W&B at a silent server / offline, seconds of a short run", middle["online, silent"] / base)
+    results.finish(options.json)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
-"""What a repair costs: seconds of each step as a share of a training epoch, and peak memory by number of images.
+"""What a repair costs: seconds of each step beside those of a training epoch, and memory, by number of images.
 
-    python tests/bench/bench_repair.py [--width 0.25] [--ratio 0.5] [--images 2048 4096 8192] [--repeats 3]
-
-VGG-19 for 32x32 images with random weights, cut at the ratio by random scales; random images, which are made chunk by
-chunk, so that the memory is the repair's own. Each count of images runs in a process of its own. An epoch is 50,000
-images in batches of 128, of which 20 batches are timed between the repairs.
+python tests/bench/bench_repair.py [--width 0.25] [--ratio 0.5] [--images 2048 4096 8192] [--repeats 3]
 """
 
-import argparse
 import resource
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 
 import torch
+from results import Cell, Results, new_parser, seconds, take_turns
 from torch import multiprocessing, nn
 from torch.nn import functional as F
 
+from netslim.launch.cluster import keep_freed_memory
 from netslim.prune import Calibration, Chunk, Rules, cut, map_channels, plan_network, score_channels
 from netslim.prune.absorb import absorb
 from netslim.prune.recalibrate import recalibrate
@@ -24,6 +21,11 @@ from netslim.prune.reconstruct import reconstruct
 from netslim.train import ModelConfig, build_model
 
 CHUNK, BATCH, EPOCH, TIMED = 64, 128, 50_000, 20
+STEPS = ("absorb", "reconstruct", "recalibrate", "score", "epoch")
+ABOUT = f"""The steps of a repair, and the score by reconstruction, against a training epoch of {EPOCH:,} images in
+batches of {BATCH}, of which {TIMED} are timed. VGG-19 for 32x32 images with random weights, cut by random scales;
+random images, made chunk by chunk, so that the memory is the repair's own. Each count of images runs in a process of
+its own."""
 
 
 def calibration(num_images: int, device: torch.device) -> Calibration:
@@ -36,14 +38,6 @@ def calibration(num_images: int, device: torch.device) -> Calibration:
     return Calibration(read=read, num_images=num_images, example=torch.zeros(2, 3, 32, 32, device=device))
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def epoch_seconds(model: nn.Module, device: torch.device) -> float:
     """Extrapolated from some steps of plain SGD."""
     model = model.train().to(memory_format=torch.channels_last)
@@ -51,17 +45,18 @@ def epoch_seconds(model: nn.Module, device: torch.device) -> float:
     images = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (BATCH,), device=device)
 
-    def steps(count: int) -> None:
-        for _ in range(count):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
 
-    steps(3)
-    return seconds(lambda: steps(TIMED), device) * EPOCH / (BATCH * TIMED)
+    seconds(step, 3)
+    return seconds(step, TIMED) * EPOCH / BATCH
 
 
 def measure(num_images: int, width: float, ratio: float, device_name: str) -> dict[str, float]:
+    """Seconds of each of STEPS, and "peak", the repair's memory in MB."""
+    keep_freed_memory()
     device = torch.device(device_name)
     model = build_model(ModelConfig(name="vgg19", width=width), 10, seed=0).to(device)
     generator = torch.Generator().manual_seed(0)
@@ -74,13 +69,13 @@ def measure(num_images: int, width: float, ratio: float, device_name: str) -> di
     small = cut(model, plan)
     before = peak_mb(device)
     found = {
-        "absorb": seconds(lambda: absorb(model, small, plan, images.example), device),
-        "reconstruct": seconds(lambda: reconstruct(model, small, plan, images), device),
-        "recalibrate": seconds(lambda: recalibrate(small, images), device),
+        "absorb": seconds(lambda: absorb(model, small, plan, images.example)),
+        "reconstruct": seconds(lambda: reconstruct(model, small, plan, images)),
+        "recalibrate": seconds(lambda: recalibrate(small, images)),
     }
-    found["repair_mb"] = peak_mb(device) - before
+    found["peak"] = peak_mb(device) - before
     rules = Rules(score="reconstruction")
-    found["score"] = seconds(lambda: score_channels(model, channels, rules, images), device)
+    found["score"] = seconds(lambda: score_channels(model, channels, rules, images))
     found["epoch"] = epoch_seconds(model, device)
     return found
 
@@ -92,28 +87,37 @@ def peak_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def in_a_process(num_images: int, width: float, ratio: float, device_name: str) -> dict[str, float]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (num_images, width, ratio, device_name))
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--images", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
-    names = ("absorb", "reconstruct", "recalibrate", "score", "epoch")
-    print(
-        f"{'images':>7}" + "".join(f"{name:>13} s" for name in names) + "  reconstruct / epoch   peak of the repair, MB"
+    options = parser.parse_args()
+    results = Results("Repair", ABOUT)
+    contestants = {
+        str(images): partial(in_a_process, images, options.width, options.ratio, options.device)
+        for images in options.images
+    }
+    found = take_turns(contestants, options.repeats)
+    rows: list[list[Cell]] = []
+    for images, runs in found.items():
+        share = statistics.median(run["reconstruct"] / run["epoch"] for run in runs)
+        middle = [statistics.median(run[name] for run in runs) for name in (*STEPS, "peak")]
+        rows.append([int(images), *middle[:-1], 100 * share, middle[-1]])
+    results.table(
+        ("images", *(f"{step}, s" for step in STEPS), "reconstruct, % of an epoch", "repair's peak, MB"),
+        rows,
+        f"Width {options.width}, ratio {options.ratio}, medians of {options.repeats} repetitions.",
     )
-    rounds: dict[int, list[dict[str, float]]] = {count: [] for count in options.images}
-    for _ in range(options.repeats):
-        for count, found in rounds.items():
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found.append(pool.apply(measure, (count, options.width, options.ratio, options.device)))
-    for count, found in rounds.items():
-        middle = {key: statistics.median(each[key] for each in found) for key in found[0]}
-        share = statistics.median(each["reconstruct"] / each["epoch"] for each in found)
-        line = "".join(f"{middle[name]:>15.1f}" for name in names)
-        print(f"{count:>7}{line}  {share:>19.1%}  {middle['repair_mb']:>23.0f}")
+    results.headline(f"reconstruction by {rows[0][0]:,} images, % of an epoch", rows[0][-2])
+    results.finish(options.json)
 
 
 if __name__ == "__main__":

@@ -1,70 +1,118 @@
-"""What the gamma penalty costs: an optimizer step with it against one without, and the whole training step.
+"""What the penalty on gammas costs a training step.
 
-Run: python tests/bench/bench_sparse_step.py
+python tests/bench/bench_sparse_step.py [--networks vgg19 preresnet164 densenet40] [--batch 64] [--rounds 5]
 """
 
-import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
+from results import Cell, Results, medians, new_parser, seconds, take_turns
 from torch.nn import functional as F
 
+from netslim.launch.cluster import keep_freed_memory
 from netslim.train import FitConfig, GammaPenalty, ModelConfig, build_model, make_optimizer
 
-NETWORKS = {"vgg19": 0.25, "preresnet20": 1.0, "densenet40": 0.5}  # name: width
-BATCH = 32
-REPETITIONS = 15
+NETWORKS = ("vgg19", "preresnet164", "densenet40")
+METHODS: tuple[Literal["subgradient", "proximal"], ...] = ("subgradient", "proximal")
+STEPS, TURNS = 5, 20  # optimizer steps timed together; turns of a round
+ABOUT = f"""An optimizer step with the penalty against one without, for networks of full width on 32x32 images. They
+take turns, {STEPS} steps at a time; extra is the median difference from the plain steps of the same turn, ± its
+standard error. Forward and backward pass are timed between the rounds, and the last column says what the extra is of
+the whole training step."""
+COLUMNS = (
+    "network",
+    "gammas",
+    "method",
+    "forward and backward, ms",
+    "plain step, ms",
+    "extra, ms",
+    "±",
+    "step / plain step",
+    "extra, % of a training step",
+)
 
 
-def seconds(function: Callable[[], object], times: int) -> float:
-    started = time.perf_counter()
-    for _ in range(times):
-        function()
-    return (time.perf_counter() - started) / times
+def error_of_median(values: Sequence[float]) -> float:
+    """Its standard error as of normal values, from the median distance, which outliers do not move."""
+    middle = statistics.median(values)
+    deviation = 1.4826 * statistics.median(abs(value - middle) for value in values)
+    return 1.2533 * deviation / len(values) ** 0.5
 
 
-def measure(name: str, width: float) -> dict[str, float]:
-    """Median seconds of the plain and sparse optimizer step, and of forward and backward; interleaved."""
-    model = build_model(ModelConfig(name=name, width=width), num_classes=10, seed=0)
+def measure(name: str, batch: int, rounds: int) -> list[list[Cell]]:
+    """A row for each method."""
+    model = build_model(ModelConfig(name=name), num_classes=10, seed=0)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, 10, (BATCH,))
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch,))
     optimizer = make_optimizer(model, FitConfig(lr=1e-6))
-    penalty = GammaPenalty(model, weight=1e-4)
+    penalties = {method: GammaPenalty(model, weight=1e-4, method=method) for method in METHODS}
 
     def forward_backward() -> None:
+        optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
 
-    def plain() -> None:
-        samples["plain"].append(seconds(optimizer.step, 20))
+    def plain() -> float:
+        return seconds(optimizer.step, STEPS)
 
-    def sparse() -> None:
-        penalty.attach(optimizer)
-        samples["sparse"].append(seconds(optimizer.step, 20))
-        penalty.detach()
+    def sparse(penalty: GammaPenalty) -> Callable[[], float]:
+        def step() -> float:
+            penalty.attach(optimizer)
+            took = seconds(optimizer.step, STEPS)
+            penalty.detach()
+            return took
 
+        return step
+
+    contestants = {"plain": plain, **{method: sparse(penalty) for method, penalty in penalties.items()}}
+    found: dict[str, list[float]] = {who: [] for who in (*contestants, "whole")}
     forward_backward()
-    samples: dict[str, list[float]] = {"plain": [], "sparse": [], "forward_backward": []}
-    for repetition in range(REPETITIONS):
-        # what comes first finds colder caches, so they take turns
-        for step in (plain, sparse) if repetition % 2 else (sparse, plain):
-            step()
-        samples["forward_backward"].append(seconds(forward_backward, 1))
-    return {kind: statistics.median(values) for kind, values in samples.items()}
+    for _ in range(rounds):
+        found["whole"].append(seconds(forward_backward))
+        for who, took in take_turns(contestants, TURNS, warm_up=1).items():
+            found[who] += took
+    middle = medians(found)
+    rows: list[list[Cell]] = []
+    for method in METHODS:
+        extra = [b - a for a, b in zip(found["plain"], found[method], strict=True)]
+        more = statistics.median(extra)
+        rows.append(
+            [
+                name,
+                sum(gamma.numel() for gamma in penalties[method].gammas),
+                method,
+                1e3 * middle["whole"],
+                1e3 * middle["plain"],
+                1e3 * more,
+                1e3 * error_of_median(extra),
+                1 + more / middle["plain"],
+                100 * more / (middle["whole"] + middle["plain"]),
+            ]
+        )
+    return rows
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    print(f"batch {BATCH}, 32x32, fp32; medians of {REPETITIONS} interleaved repetitions")
-    for name, width in NETWORKS.items():
-        times = measure(name, width)
-        whole = (times["forward_backward"] + times["sparse"]) / (times["forward_backward"] + times["plain"])
-        print(
-            f"{name:<14} optimizer step {times['plain'] * 1e6:7.0f} us plain, {times['sparse'] * 1e6:7.0f} us sparse: "
-            f"ratio {times['sparse'] / times['plain']:.3f}; whole training step: ratio {whole:.4f}"
-        )
+    parser = new_parser(__doc__)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    keep_freed_memory()
+    results = Results("Sparse step", ABOUT)
+    rows = [row for name in options.networks for row in measure(name, options.batch, options.rounds)]
+    results.table(
+        COLUMNS,
+        rows,
+        f"Batches of {options.batch}, float32, {torch.get_num_threads()} threads; medians of {options.rounds * TURNS} "
+        f"turns, forward and backward of {options.rounds}.",
+    )
+    for method in METHODS:
+        shares = [float(row[-1] or 0) for row in rows if row[2] == method]
+        results.headline(f"{method}, % of a training step, most of the networks", max(shares))
+    results.finish(options.json)
 
 
 if __name__ == "__main__":

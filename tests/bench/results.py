@@ -136,11 +136,12 @@ def as_text(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _command() -> str:
-    """This process's own, but for where the figures go."""
+    """This process's own, but for files that take what is found."""
     words = ["python", os.path.relpath(sys.argv[0]), *(word for word in sys.argv[1:] if not word.startswith("--json="))]
-    if "--json" in words:
-        at = words.index("--json")
-        del words[at : at + 2]
+    for flag in ("--json", "--log"):
+        if flag in words:
+            at = words.index(flag)
+            del words[at : at + 2]
     return " ".join(word.replace(str(Path.home()), "~") for word in words)
 
 
