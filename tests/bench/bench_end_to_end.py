@@ -236,7 +236,9 @@ def main() -> None:
 
 
 def about(options: argparse.Namespace) -> str:
-    images = "scikit-learn's digits" if options.root is None else f"the images in {options.root.name}"
+    source = open_source(data_config(options))
+    name = "scikit-learn's digits" if options.root is None else options.root.name
+    images = f"{len(source.train):,} training and {len(source.test):,} test images ({name})"
     return f"""From images to a fine-tuned slim network: sparsity training ({options.epochs} epochs, lambda
         {options.weight:g}, lr {options.lr:g}), {options.ratio:.0%} of the channels pruned, and fine-tuning
         ({options.finetune_epochs} epochs) of {options.model} at width {options.width:g} on {images}, batches of
