@@ -4,6 +4,7 @@
 # make slow   tests of minutes: every network of torchvision, full-size exports, every engine on up to four ranks
 # make soak   tests of hours: a hundred random kills, fifty random faults
 # make lab    the lab report measured again, for docs/lab.md: make lab FLAGS='--root ~/cifar10'
+# make bench-gpu    one GPU measured in nine minutes: make bench-gpu FLAGS='--json gpu.json'
 # make gpu    tests of training on one GPU: nccl alone, gloo between two processes, fp16, bf16, torch.compile, resuming
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ FIGURES := $(patsubst tests/bench/%.py,docs/performance/%.json,\
 	$(filter-out %/bench_gpu.py,$(sort $(wildcard tests/bench/bench_*.py))))
 FLAGS_bench_end_to_end = $(if $(ROOT),--root $(ROOT))
 
-.PHONY: demo test slow soak gpu check format bench lab dev clean $(FIGURES)
+.PHONY: demo test slow soak gpu check format bench bench-gpu lab dev clean $(FIGURES)
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -53,6 +54,9 @@ dev: $(READY_DEV)
 gpu: $(READY)
 	NETSLIM_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not soak' \
 		tests/test_train_distributed.py tests/test_train_engines.py tests/test_train_resume.py tests/test_train_finite.py
+
+bench-gpu: $(READY)
+	$(BIN)/python tests/bench/bench_gpu.py $(FLAGS)
 
 check: $(READY_DEV)
 	$(BIN)/ruff check .
