@@ -21,7 +21,8 @@ TEST_TOOLS ?= slurmctld:slurm-wlm munged:munge shellcheck:shellcheck chromium:ch
 # A benchmark's figures, of which docs/performance.md is made; that of a GPU is `make bench-gpu`.
 FIGURES := $(patsubst tests/bench/%.py,docs/performance/%.json,\
 	$(filter-out %/bench_gpu.py,$(sort $(wildcard tests/bench/bench_*.py))))
-FLAGS_bench_end_to_end = $(if $(ROOT),--root $(ROOT))
+FLAGS_bench_end_to_end = $(if $(ROOT),--root $(ROOT) --model vgg19 --epochs 8 --finetune-epochs 3 --weight 2e-3 \
+	--reconfigure-every 1 --seeds 0 1 2)
 
 .PHONY: demo test slow soak gpu check format bench bench-gpu lab dev clean $(FIGURES)
 .DELETE_ON_ERROR:
