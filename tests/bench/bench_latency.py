@@ -19,7 +19,7 @@ from netslim.train import ModelConfig, build_model
 
 NETWORKS = ("vgg19", "preresnet164", "densenet40")
 BATCHES = (1, 64)
-DENSE = "dense"
+DENSE, COMPILE = "dense", "torch.compile"
 ROUNDINGS = {"slim": 1, "slim, round_to 16": 16}
 ABOUT = """Inference of the dense network, of the slim one, and of one whose layers keep multiples of 16 channels
 (`round_to`), which hardware prefers; / dense compares each with the dense network in the same runtime. Weights are
@@ -62,20 +62,19 @@ def onnx(model: nn.Module, images: Tensor) -> Call:
     return lambda: session.run(None, {"images": batch})
 
 
-def runtimes() -> tuple[dict[str, Runtime | None], str]:
+def runtimes() -> tuple[dict[str, Runtime | None], list[str]]:
     """How a network can be run, None where it cannot here, and what is missing."""
     packages = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    lacks = [
-        *([] if compiler else ["torch.compile needs a C++ compiler"]),
-        *(f"{name} is missing" for name in packages),
-    ]
+    lacks = [] if compiler else ["torch.compile needs a C++ compiler, and there is none."]
+    if packages:
+        lacks.append(f"ONNX Runtime needs {', '.join(packages)}: not installed.")
     found = {
         "eager": eager,
-        "torch.compile": compiled if compiler else None,
+        COMPILE: compiled if compiler else None,
         "ONNX Runtime": None if packages else onnx,
     }
-    return found, "; ".join(lacks)
+    return found, lacks
 
 
 def milliseconds(calls: dict[str, Call], budget: float) -> dict[str, float]:
@@ -103,28 +102,32 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument(
+        "--compile", nargs="*", choices=NETWORKS, default=["vgg19"], help="by torch: minutes for each deep network"
+    )
     parser.add_argument("--seconds", type=float, default=2, help="for each network, batch size and runtime")
     options = parser.parse_args()
     results = Results("Latency", ABOUT)
     how, lacks = runtimes()
+    if set(options.networks) - set(options.compile):
+        lacks.append("torch.compile takes minutes for each deep network; --compile names those that it is measured of.")
     torch.manual_seed(0)
     largest = torch.randn(max(BATCHES), 3, 32, 32)
     rows: dict[int, list[list[Cell]]] = {batch: [] for batch in BATCHES}
     for name in options.networks:
         models = networks(name, options.ratio, largest[:2])
+        ways = {way: run if way != COMPILE or name in options.compile else None for way, run in how.items()}
         macs = {form: cost(model, largest[:1]).macs for form, model in models.items()}
         for batch in BATCHES:
-            found = {way: measure(models, largest[:batch], run, options.seconds) for way, run in how.items()}
+            found = {way: measure(models, largest[:batch], run, options.seconds) for way, run in ways.items()}
             for form in models:
                 pairs = [(took[form], took[DENSE]) for took in found.values()]
                 times = [cell for here, dense in pairs for cell in (here, here / dense if here and dense else None)]
                 rows[batch].append([name, form, macs[form] / 1e6, macs[form] / macs[DENSE], *times])
     columns = ("network", "form", "MACs, M", "/ dense", *(c for way in how for c in (f"{way}, ms", "/ dense")))
     for batch in BATCHES:
-        note = (
-            f"Batch {batch}, ratio {options.ratio} of the channels, {torch.get_num_threads()} threads. {lacks}".strip()
-        )
-        results.table(columns, rows[batch], note)
+        note = f"Batch {batch}, ratio {options.ratio} of the channels, {torch.get_num_threads()} threads."
+        results.table(columns, rows[batch], " ".join([note, *lacks]))
     for row in rows[max(BATCHES)]:
         if row[1] == "slim":
             results.headline(f"slim / dense in eager at batch {max(BATCHES)}, {row[0]} (MACs {row[3]:.2f})", row[5])

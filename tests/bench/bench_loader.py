@@ -1,6 +1,6 @@
 """netslim's loaders against torch's DataLoader with torchvision's transforms.
 
-python tests/bench/bench_loader.py [--images 10000] [--workers 1] [--repeats 5]
+python tests/bench/bench_loader.py [--images 10000] [--workers 1] [--repeats 10]
 """
 
 import tempfile
@@ -79,7 +79,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     # Else the normalisation waits at OpenMP's barriers for whoever shares the cores: up to eight times slower.
     torch.set_num_threads(1)

@@ -148,10 +148,19 @@ class Found:
     """What was measured of one network."""
 
     network: Network
-    speeds: dict[str, float]
-    """Images/s of all processes of a way to run, medians."""
+    turns: dict[str, list[float]]
+    """Images/s of all processes of a way to run, in each turn."""
     buckets: list[Bucket]
     reduce_seconds: float
+
+    @property
+    def speeds(self) -> dict[str, float]:
+        return medians(self.turns)
+
+    def spread(self, way: str, other: str, factor: float = 1.0) -> str:
+        """The least and the greatest of factor x way / other within a turn."""
+        ratios = [factor * a / b for a, b in zip(self.turns[way], self.turns[other], strict=True)]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
     @property
     def label(self) -> str:
@@ -176,11 +185,11 @@ def measure(network: Network, apart: Workers, group: Workers) -> Found:
         "ddp, half a batch": partial(speed, group, BATCH // 2),
         "reduce": lambda: max(group.do(Trainer.reduce, sizes)),
     }
-    found = medians(take_turns(contestants, network.repetitions, warm_up=1))
+    turns = take_turns(contestants, network.repetitions, warm_up=1)
     for workers in (apart, group):
         workers.do(Trainer.forget)
-    reduce_seconds = found.pop("reduce")
-    return Found(network, found, buckets, reduce_seconds)
+    reduce_seconds = statistics.median(turns.pop("reduce"))
+    return Found(network, turns, buckets, reduce_seconds)
 
 
 def exposed(ready: Sequence[float], seconds: Sequence[float]) -> float:
@@ -230,11 +239,15 @@ def show_scaling(results: Results, everything: Sequence[Found]) -> None:
         for kind, batch, suffix in (("weak", BATCH, ""), ("strong", BATCH // 2, ", half a batch")):
             alone, beside = found.speeds["alone"], found.speeds[f"side by side{suffix}"]
             ddp = found.speeds[f"ddp{suffix}"]
-            rows.append([found.label, kind, batch, alone, beside, ddp, ddp / (2 * alone), ddp / beside])
+            spread = found.spread(f"ddp{suffix}", "alone", 0.5)
+            rows.append([found.label, kind, batch, alone, beside, ddp, ddp / (2 * alone), spread, ddp / beside])
             if kind == "weak":
                 results.headline(f"efficiency of 2 processes, {found.label}, weak scaling", ddp / (2 * alone))
     results.table(
-        ["network", "scaling", "batch of each", "images/s, 1", "2 apart", "2 by DDP", "efficiency", "DDP / apart"],
+        [
+            *("network", "scaling", "batch of each", "images/s, 1", "2 apart", "2 by DDP", "efficiency"),
+            *("in single turns", "DDP / apart"),
+        ],
         rows,
         f"images/s: of one process with a batch of {BATCH}; of two that do not communicate, side by side; of two by "
         "DDP. Efficiency: 2 by DDP / (2 x 1). DDP / apart: what communication leaves of it; the rest is caches and "
@@ -246,9 +259,9 @@ def show_penalty(results: Results, everything: Sequence[Found]) -> None:
     rows: list[list[Cell]] = []
     for found in everything:
         plain, sparse = (2e3 * BATCH / found.speeds[way] for way in ("ddp, no penalty", "ddp"))
-        rows.append([found.label, plain, sparse, sparse / plain])
+        rows.append([found.label, plain, sparse, sparse / plain, found.spread("ddp, no penalty", "ddp")])
     results.table(
-        ["network, 2 processes", "ms/step without penalty", "with", "ratio"],
+        ["network, 2 processes", "ms/step without penalty", "with", "ratio", "in single turns"],
         rows,
         "The penalty joins the gradients after they are reduced, in the optimizer's step, so that reducing them "
         "overlaps with backward as without it.",
