@@ -96,7 +96,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--images", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--images", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
