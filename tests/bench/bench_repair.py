@@ -1,6 +1,6 @@
 """What a repair costs: seconds of each step beside those of a training epoch, and memory, by number of images.
 
-python tests/bench/bench_repair.py [--width 0.25] [--ratio 0.5] [--images 2048 4096 8192] [--repeats 3]
+python tests/bench/bench_repair.py [--width 0.25] [--ratio 0.5] [--images 1024 2048 4096] [--repeats 3]
 """
 
 import resource

@@ -42,7 +42,7 @@ class Network(NamedTuple):
     repetitions: int
 
 
-NETWORKS = (Network("vgg19", 0.25, 5, 7), Network("vgg19", 1.0, 1, 5), Network("preresnet20", 1.0, 2, 7))
+NETWORKS = (Network("vgg19", 0.25, 10, 15), Network("vgg19", 1.0, 2, 9), Network("preresnet20", 1.0, 4, 11))
 
 
 class Bucket(NamedTuple):
