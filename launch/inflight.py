@@ -1,11 +1,14 @@
 """Slimming in flight: channels that sparsity training has brought to zero are cut while it goes on."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
 from torch import Tensor, nn
 
 from netslim.prune import ChannelMap, Plan, Rules, absorb, choose_zeros, cost, cut, embed, norm_of, open_gammas
@@ -13,6 +16,21 @@ from netslim.train import Runtime, SparsityConfig
 
 _GONE, _IDLE, _ALIVE = 0.0, 1.0, 3.0
 """Scores: what is gone goes first, so that no rule can bring it back; then the idle, up to 2; what is alive stays."""
+
+
+class _Size(NamedTuple):
+    """What an image costs from a step on."""
+
+    since: Annotated[int, Field(ge=0)]
+    macs: Annotated[int, Field(gt=0)]
+
+
+@validated(frozen=True, config=ConfigDict(strict=True))
+class _State:
+    """What a checkpoint holds."""
+
+    plan: str
+    sizes: Annotated[tuple[_Size, ...], Field(min_length=1)]
 
 
 class InFlight:
@@ -42,21 +60,25 @@ class InFlight:
         self.dense, self.model, self.plan, self.first = copy.deepcopy(dense), model, plan, plan
         self.channels, self.config, self.run, self.example, self.most = channels, config, run, example, most
         self.rules = replace(rules, target="channels", score="gamma", reduce="max")
-        self._macs: dict[str | None, int] = {}
+        self._sizes = [_Size(0, cost(model, example[:1]).macs)]
 
     @property
     def state(self) -> str | None:
-        return None if self.plan is None or self.plan is self.first else self.plan.to_json()
+        if self.plan is None or self.plan is self.first:
+            return None
+        return json.dumps({"plan": self.plan.to_json(), "sizes": self._sizes})
 
     @property
     def num_gone(self) -> int:
         """Channels that were removed in flight."""
         return (self.plan.num_removed if self.plan else 0) - (self.first.num_removed if self.first else 0)
 
-    def is_due(self, epochs: int) -> bool:
-        return epochs % self.config.interval(self.run.engine) == 0
+    def is_due(self, step: int, steps_per_epoch: int) -> bool:
+        return step % max(1, round(self.config.interval(self.run.engine) * steps_per_epoch)) == 0
 
-    def shrink(self, model: nn.Module, momenta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] | None:
+    def shrink(
+        self, model: nn.Module, momenta: Mapping[str, Tensor], step: int
+    ) -> tuple[nn.Module, dict[str, Tensor]] | None:
         whole, whole_momenta = self.whole(model), self.whole(_with_momenta(model, momenta))
         plan = Plan.from_json(self.run.on_main(lambda: self._choose(whole, whole_momenta).to_json()))
         if plan.num_removed == (self.plan.num_removed if self.plan else 0):
@@ -66,24 +88,29 @@ class InFlight:
             absorb(whole, small, plan, self.example)
         self.run.check_equal(small, "after a cut in flight")
         self.plan, self.model = plan, small
+        self._sizes.append(_Size(step, cost(small, self.example[:1]).macs))
         return small, {name: parameter.detach() for name, parameter in moving.named_parameters()}
 
     def restore(self, state: str) -> nn.Module:
-        self.plan = Plan.from_json(state)
-        self.model = cut(self.dense, self.plan)
+        try:
+            found = TypeAdapter(_State).validate_json(state)
+        except ValidationError as error:
+            raise ValueError(f"the channels that are gone: {error.errors()[0]['msg']}") from None
+        self.plan = Plan.from_json(found.plan)
+        self.model, self._sizes = cut(self.dense, self.plan), list(found.sizes)
         return self.model
 
     def gammas(self) -> list[nn.Parameter]:
         return open_gammas(self.dense, self.channels, self.rules, self.model)
 
-    def metrics(self, earlier: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """``macs_spent``: what the epochs so far have cost, as a share of what all would have like the first."""
-        macs = self._price(self.state, self.model)
-        spent = [*(line["macs"] for line in earlier if "macs" in line), macs]
+    def metrics(self, step: int) -> dict[str, float]:
+        """``macs_spent``: what the steps so far have cost, as a share of what all would have like the first."""
+        ends = [*(size.since for size in self._sizes[1:]), step]
+        spent = sum(size.macs * (end - size.since) for size, end in zip(self._sizes, ends, strict=True))
         return {
             "channels_gone": self.num_gone,
-            "macs": macs,
-            "macs_spent": sum(spent) / len(spent) / spent[0],
+            "macs": self._sizes[-1].macs,
+            "macs_spent": spent / step / self._sizes[0].macs,
         }
 
     def whole(self, model: nn.Module) -> nn.Module:
@@ -112,11 +139,6 @@ class InFlight:
             gone[list(kept.get(name, range(len(score))))] = False
             scores[name] = score.masked_fill(gone, _GONE)
         return choose_zeros(scores, self.channels, self.rules, _IDLE + 1, self.most)
-
-    def _price(self, state: str | None, model: nn.Module) -> int:
-        if state not in self._macs:
-            self._macs[state] = cost(model, self.example[:1]).macs
-        return self._macs[state]
 
 
 def _with_momenta(model: nn.Module, momenta: Mapping[str, Tensor]) -> nn.Module:

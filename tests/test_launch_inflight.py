@@ -1,8 +1,9 @@
 """Channels that sparsity training has brought to zero are cut while it goes on, and nothing else changes."""
 
 import json
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from netslim.launch.config import RunConfig
 from netslim.launch.inflight import InFlight
-from netslim.prune import Coupling, Rules, choose_zeros, map_channels, open_gammas
+from netslim.prune import Coupling, Rules, choose_zeros, cost, map_channels, open_gammas
 from netslim.train import (
     CheckpointConfig,
     EngineConfig,
@@ -35,6 +36,7 @@ from netslim.train import (
 STEPS, EPOCHS = 6, 4
 CONFIG = FitConfig(epochs=EPOCHS, lr=0.05, schedule="constant")
 PROXIMAL = SparsityConfig(weight=0.06, method="proximal", reconfigure_every=1)
+WITHIN = replace(PROXIMAL, reconfigure_every=2 / STEPS)
 VGG = ModelConfig(name="vgg11", width=0.125)
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -46,13 +48,23 @@ class Observed(InFlight):
         super().__init__(*arguments)
         self.shares, self.losses = shares, []
 
-    def shrink(self, model: nn.Module, momenta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] | None:
+    def shrink(
+        self, model: nn.Module, momenta: Mapping[str, Tensor], step: int
+    ) -> tuple[nn.Module, dict[str, Tensor]] | None:
         before = evaluate(model, self.shares, self.run).loss
-        found = super().shrink(model, momenta)
+        found = super().shrink(model, momenta, step)
         if found is not None:
             after = evaluate(found[0].to(self.run.device), self.shares, self.run).loss
             self.losses.append((before, after, self.num_gone))
         return found
+
+
+class Spoiled(Images):
+    """Images of which one batch of the second epoch is not a number."""
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, (images, labels) in enumerate(super().epoch(epoch, first_batch), first_batch):
+            yield images * (math.nan if (epoch, index) == (1, 2) else 1), labels
 
 
 def train(
@@ -63,6 +75,7 @@ def train(
     network: ModelConfig = VGG,
     coupling: Coupling = "group",
     most: float = 1.0,
+    spoil: bool = False,
 ) -> dict[str, Any]:
     """What the training came to: weights in the shapes of the whole network, and the losses around each cut."""
     with warnings.catch_warnings():
@@ -75,7 +88,9 @@ def train(
         channels, rules = map_channels(dense, EXAMPLE, coupling), Rules(min_share=0.1, coupling=coupling)
         shares = Shares(run, 20)
         slimming = Observed(dense, dense, None, channels, rules, sparsity, run, EXAMPLE, most, shares=shares)
-        images = Images(run, STEPS) if die_after is None else Dying(run, STEPS, batches=die_after)
+        images = (Spoiled if spoil else Images)(run, STEPS)
+        if die_after is not None:
+            images = Dying(run, STEPS, batches=die_after)
         checkpoint = CheckpointConfig(steps=1, keep=100)
         saver = Saver(Store(directory / "checkpoints", 100), run, checkpoint, {"stage": "sparse"})
         with Record("sparse", directory, is_main=run.is_main) as record:
@@ -83,7 +98,7 @@ def train(
                 dense,
                 images,
                 shares,
-                CONFIG,
+                replace(CONFIG, skip_nonfinite=int(spoil)),
                 run=run,
                 record=record,
                 gammas=open_gammas(dense, channels, rules),
@@ -112,6 +127,27 @@ def test_the_loss_is_the_same_before_and_after_a_cut(zero: int, world_size: int,
     assert lines(tmp_path / "run")[-1]["macs_spent"] == pytest.approx(sum(macs) / len(macs) / macs[0])
 
 
+@pytest.mark.parametrize(("zero", "world_size"), [(0, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+def test_channels_go_within_an_epoch_too(zero: int, world_size: int, tmp_path: Path) -> None:
+    for found in run_ranks(train, world_size, tmp_path, tmp_path / "run", EngineConfig(zero=zero), WITHIN):  # type: ignore[arg-type]
+        assert len(found["losses"]) > EPOCHS, "cuts"
+        for before, after, _ in found["losses"]:
+            assert abs(before - after) <= 1e-5
+    whole = cost(build_model(VGG, num_classes=10, seed=0), EXAMPLE[:1]).macs
+    ends = [line["macs"] for line in lines(tmp_path / "run")]
+    beginnings = [whole, *ends[:-1]]
+    spent = lines(tmp_path / "run")[-1]["macs_spent"] * whole * EPOCHS
+    assert sum(ends) < spent < sum(beginnings)
+
+
+def test_a_step_after_a_cut_within_an_epoch_is_left_out_like_any_other(tmp_path: Path) -> None:
+    arguments = (EngineConfig(), WITHIN, None, VGG, "group", 1.0, True)
+    (found,) = run_ranks(train, 1, tmp_path, tmp_path / "run", *arguments)
+    assert len(found["losses"]) > EPOCHS, "cuts"
+    assert lines(tmp_path / "run")[-1]["skipped_steps"] == 1
+    assert all(weight.isfinite().all() for weight in found["weights"].values())
+
+
 @pytest.mark.slow
 def test_a_compiled_network_is_compiled_anew_after_every_cut(tmp_path: Path) -> None:
     (found,) = run_ranks(train, 1, tmp_path, tmp_path / "run", EngineConfig(compile=True))
@@ -133,14 +169,16 @@ def test_every_engine_trains_to_the_same_weights(tmp_path: Path) -> None:
             torch.testing.assert_close(other["weights"][name], want, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def train_and_crash(directory: Path, engine: EngineConfig, crashes: list[int]) -> dict[int, dict[str, Any]]:
+def train_and_crash(
+    directory: Path, engine: EngineConfig, crashes: list[int], sparsity: SparsityConfig
+) -> dict[int, dict[str, Any]]:
     found = {}
     for crash in (-1, *crashes):
         place = directory / str(crash)
         if crash >= 0:
             with pytest.raises(CrashError):
-                train(place, engine, die_after=crash)
-        found[crash] = {**train(place, engine), "checkpoint": momenta(place)}
+                train(place, engine, sparsity, die_after=crash)
+        found[crash] = {**train(place, engine, sparsity), "checkpoint": momenta(place)}
     return found
 
 
@@ -151,7 +189,17 @@ def train_and_crash(directory: Path, engine: EngineConfig, crashes: list[int]) -
 def test_a_crash_after_any_batch_around_a_cut_changes_nothing(zero: int, world_size: int, tmp_path: Path) -> None:
     engine = EngineConfig(zero=zero)  # type: ignore[arg-type]
     crashes = [STEPS - 1, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS - 1] if zero == 0 else [2 * STEPS, 2 * STEPS + 1]
-    for results in run_ranks(train_and_crash, world_size, tmp_path, tmp_path / "runs", engine, crashes):
+    crash_and_compare(world_size, tmp_path, engine, crashes, PROXIMAL)
+
+
+def test_a_crash_after_any_batch_around_a_cut_within_an_epoch_changes_nothing(tmp_path: Path) -> None:
+    crash_and_compare(2, tmp_path, EngineConfig(), [3, 4, 5, STEPS + 4], WITHIN)
+
+
+def crash_and_compare(
+    world_size: int, tmp_path: Path, engine: EngineConfig, crashes: list[int], sparsity: SparsityConfig
+) -> None:
+    for results in run_ranks(train_and_crash, world_size, tmp_path, tmp_path / "runs", engine, crashes, sparsity):
         assert results[-1]["losses"][0][2] < results[-1]["gone"], "more than one cut"
         for crash, result in results.items():
             assert_equal(result["weights"], results[-1]["weights"])

@@ -41,17 +41,19 @@ class Slimming(Protocol):
 
     @property
     def state(self) -> str | None:
-        """Which channels are gone, as JSON; None: none."""
+        """Which channels are gone, and since when, as JSON; None: none."""
 
     @property
     def num_gone(self) -> int:
         """Channels that were removed."""
 
-    def is_due(self, epochs: int) -> bool:
-        """Whether it is time after so many epochs."""
+    def is_due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether it is time after so many steps of the training."""
 
-    def shrink(self, model: nn.Module, momenta: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]] | None:
-        """Make the smaller network, with the momentum of what stays; None where nothing can go."""
+    def shrink(
+        self, model: nn.Module, momenta: Mapping[str, Tensor], step: int
+    ) -> tuple[nn.Module, dict[str, Tensor]] | None:
+        """Make the smaller network, with the momentum of what stays, after this step; None where nothing can go."""
 
     def restore(self, state: str) -> nn.Module:
         """Make a network, of any weights, in the shapes that a checkpoint's ``state`` says."""
@@ -59,8 +61,8 @@ class Slimming(Protocol):
     def gammas(self) -> list[nn.Parameter]:
         """Those of the present network that are penalised."""
 
-    def metrics(self, earlier: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """What an epoch's metrics say of the present network, and with those of ``earlier`` epochs of all so far."""
+    def metrics(self, step: int) -> dict[str, float]:
+        """What an epoch's metrics say of the present network, and of all up to this step."""
 
 
 def fit(
@@ -180,14 +182,20 @@ class Training:
 
     def slim(self, progress: Progress) -> None:
         """Where it is time, remove the channels that have come to zero; the schedule and the data go on."""
-        slimming = self.slimming
-        if slimming is None or progress.epoch == self.config.epochs or not slimming.is_due(progress.epoch):
+        slimming, step = self.slimming, self.step_number(progress)
+        if slimming is None or step == self.config.epochs * self.steps_per_epoch:
             return
-        smaller = slimming.shrink(self.model, self.masters.momenta())
+        if not slimming.is_due(step, self.steps_per_epoch):
+            return
+        if progress.step:  # else the epoch's end has seen to it
+            self.confirm(progress)
+            self.bring_together()
+        smaller = slimming.shrink(self.model, self.masters.momenta(), step)
         if smaller is not None:
             model, momenta = smaller
             self.exchange(model, slimming.gammas(), momenta)
-            self.record.say(f"{slimming.num_gone} channels are gone for good, after epoch {progress.epoch}")
+            epochs = step / self.steps_per_epoch
+            self.record.say(f"{slimming.num_gone} channels are gone for good, after {epochs:.4g} epochs")
 
     def slimmed_model(self, state: str | None) -> nn.Module | None:
         """The network in the shapes of a checkpoint, if those are smaller; no other rank is asked."""
@@ -205,17 +213,12 @@ class Training:
     def train_epoch(self, progress: Progress, saver: Saver) -> None:
         """Take the steps of the epoch that are left."""
         run, parts, epoch = self.run, self.run.config.accumulation, progress.epoch
-        self.trained.train()
-        if run.config.batch_norm == "frozen":
-            freeze(self.trained)
         first = progress.step * parts
         self.waits = Waits(self.train.epoch(epoch, first))
         shown = self.record.progress(self.waits, self.leg(epoch, first))
         forget_peak_memory(run.device)
         sums = progress.start_sums(run.device)
-        if self.config.skip_nonfinite:
-            self.changing = [*self.trained.buffers(), sums]
-            self.before_step = [value.clone() for value in self.changing]
+        self.make_ready(sums)
         for index, batch in enumerate(shown, first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(progress)
@@ -233,7 +236,21 @@ class Training:
                     self.confirm(progress)
                 if self.changing:
                     torch._foreach_copy_(self.before_step, self.changing)
+                if progress.step < self.steps_per_epoch:
+                    model = self.model
+                    self.slim(progress)
+                    if self.model is not model:
+                        self.make_ready(sums)
                 saver.after_step(self, progress)
+
+    def make_ready(self, sums: Tensor) -> None:
+        """Put the layers into the mode in which they train, and keep what a step that is left out must not change."""
+        self.trained.train()
+        if self.run.config.batch_norm == "frozen":
+            freeze(self.trained)
+        if self.config.skip_nonfinite:
+            self.changing = [*self.trained.buffers(), sums]
+            self.before_step = [value.clone() for value in self.changing]
 
     def leg(self, epoch: int, first: int) -> Leg:
         """The epoch as a part of the whole training, for the bar; counted in this rank's micro-batches."""
@@ -295,8 +312,7 @@ class Training:
                 f"learning rate (now {self.config.lr:g}), a warm-up, or clipping"
             )
             raise run.together(error)
-        run.reconcile_statistics(self.trained)
-        self.bring_back()
+        self.bring_together()
         run.check_equal(self.model, f"{self.record.stage}, epoch {progress.epoch + 1}")
         evaluation = evaluate(self.model, evaluate_on, run)
         metrics = {
@@ -315,16 +331,21 @@ class Training:
             "seconds": progress.seconds_so_far(),
             "checkpoint_seconds": progress.saving_seconds,
             "skipped_steps": progress.skipped,
-            **(self.gammas_now(progress.metrics) if self.gammas else {}),
+            **(self.gammas_now(self.step_number(progress)) if self.gammas else {}),
         }
         progress.next_epoch(metrics)
         self.record.epoch(metrics, self.model, of=self.config.epochs)
 
-    def gammas_now(self, earlier: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def gammas_now(self, step: int) -> dict[str, float]:
         """How far the gammas are; those of channels that are gone are 0."""
         gone = torch.zeros(0 if self.slimming is None else self.slimming.num_gone, device=self.run.device)
         found = gamma_summary([*self.gammas, gone])
-        return found if self.slimming is None else {**found, **self.slimming.metrics(earlier)}
+        return found if self.slimming is None else {**found, **self.slimming.metrics(step)}
+
+    def bring_together(self) -> None:
+        """Give the model what all ranks have trained, statistics of all their images with it."""
+        self.run.reconcile_statistics(self.trained)
+        self.bring_back()
 
     def bring_back(self) -> None:
         """Give the model the weights and statistics of the copy that ZeRO trains."""

@@ -22,14 +22,15 @@ class SparsityConfig:
     """Lambda: weight of the L1 term on all prunable BatchNorm scales, per optimizer step."""
     method: Literal["subgradient", "proximal"] = "subgradient"
     """subgradient: lambda x sign(gamma) joins the gradient; proximal: soft threshold after the step, true zeros."""
-    reconfigure_every: Annotated[int, Field(ge=0)] | None = None
-    """Epochs after which channels that have come to zero are removed while training goes on (PruneTrain, Lym et al.
-    2019, arXiv 1901.09290): it gets cheaper, and computes the same. They count in every ratio. 0: never; None: 5 with
-    proximal steps, where it costs no accuracy (docs/performance.md), but for engine.zero 3; else never."""
+    reconfigure_every: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Epochs, or a part of one, after which channels that have come to zero are removed while training goes on
+    (PruneTrain, Lym et al. 2019, arXiv 1901.09290): it gets cheaper, and computes the same. They count in every ratio.
+    0: never; None: 5 with proximal steps, where it costs no accuracy (docs/performance.md), but for engine.zero 3;
+    else never."""
     reconfigure_below: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """|gamma| up to which a channel counts as zero then. Above 0 its removal changes the network, by as little."""
 
-    def interval(self, engine: str) -> int:
+    def interval(self, engine: str) -> float:
         """Epochs between two looks for channels at zero, under an engine by its name (`Runtime.engine`); 0: no looks.
 
         Raises ValueError where the engine cannot have any.
