@@ -15,6 +15,7 @@ from typing import Any, Self, cast
 PERIOD = 0.5
 """Seconds between two looks."""
 _LEFT = b"left"
+_LEAVING_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,18 @@ class Watch:
         self._tell()
         self._members = gather(Member.own())  # afterwards every rank's first beat can be read
         atexit.register(self.leave)
-        threading.Thread(target=self._look, daemon=True, name="netslim-watch").start()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="netslim-watch")
+        self._thread.start()
 
     def leave(self) -> None:
-        """Tell the others that this process ends on its own account."""
-        if not self._leaving.is_set():
-            self._leaving.set()
-            self._try(lambda: self._store.set(str(self._rank), _LEFT))
+        """Tell the others that this process ends on its own account, after the last beat."""
+        if self._leaving.is_set():
+            return
+        self._leaving.set()
+        if threading.current_thread() is not self._thread:
+            # a thread that is inside the store, which is C++, when the interpreter ends would abort the process
+            self._thread.join(_LEAVING_SECONDS)
+        self._try(lambda: self._store.set(str(self._rank), _LEFT))
 
     def blame(self, *, timed_out: bool) -> str:
         """Say which ranks are to blame for a group that failed, and kill those on this host that keep it waiting."""
@@ -118,7 +124,7 @@ class Watch:
         if self._leaving.is_set() or not self._speaking.acquire(blocking=False):
             return
         line, culprits = self._find_culprits(timed_out)
-        if not line:
+        if not line or self._leaving.is_set():
             self._speaking.release()
             return
         place = self._state()[1]
