@@ -180,22 +180,27 @@ class Training:
         if draws[1:]:
             torch.cuda.set_rng_state(draws[1])
 
-    def slim(self, progress: Progress) -> None:
-        """Where it is time, remove the channels that have come to zero; the schedule and the data go on."""
+    def slim(self, progress: Progress) -> bool:
+        """Where it is time, remove the channels that have come to zero; the schedule and the data go on.
+
+        Returns whether any went.
+        """
         slimming, step = self.slimming, self.step_number(progress)
         if slimming is None or step == self.config.epochs * self.steps_per_epoch:
-            return
+            return False
         if not slimming.is_due(step, self.steps_per_epoch):
-            return
+            return False
         if progress.step:  # else the epoch's end has seen to it
             self.confirm(progress)
             self.bring_together()
         smaller = slimming.shrink(self.model, self.masters.momenta(), step)
-        if smaller is not None:
-            model, momenta = smaller
-            self.exchange(model, slimming.gammas(), momenta)
-            epochs = step / self.steps_per_epoch
-            self.record.say(f"{slimming.num_gone} channels are gone for good, after {epochs:.4g} epochs")
+        if smaller is None:
+            return False
+        model, momenta = smaller
+        self.exchange(model, slimming.gammas(), momenta)
+        epochs = step / self.steps_per_epoch
+        self.record.say(f"{slimming.num_gone} channels are gone for good, after {epochs:.4g} epochs")
+        return True
 
     def slimmed_model(self, state: str | None) -> nn.Module | None:
         """The network in the shapes of a checkpoint, if those are smaller; no other rank is asked."""
@@ -234,13 +239,10 @@ class Training:
                 progress.step += 1
                 if self.changing or run.may_wait(self.step_number(progress)):
                     self.confirm(progress)
-                if self.changing:
+                if progress.step < self.steps_per_epoch and self.slim(progress):
+                    self.make_ready(sums)
+                if self.changing:  # after slim, which changes statistics even where nothing can go
                     torch._foreach_copy_(self.before_step, self.changing)
-                if progress.step < self.steps_per_epoch:
-                    model = self.model
-                    self.slim(progress)
-                    if self.model is not model:
-                        self.make_ready(sums)
                 saver.after_step(self, progress)
 
     def make_ready(self, sums: Tensor) -> None:

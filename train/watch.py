@@ -16,6 +16,7 @@ PERIOD = 0.5
 """Seconds between two looks."""
 _LEFT = b"left"
 _LEAVING_SECONDS = 5.0
+"""The longest that a process waits for its thread: the host of the store may be gone."""
 
 
 @dataclass(frozen=True)
