@@ -3,6 +3,7 @@
 # make bench  the benchmarks, and docs/performance.md of them: make bench ROOT=~/cifar10
 # make slow   tests of minutes: every network of torchvision, full-size exports, every engine on up to four ranks
 # make soak   tests of hours: a hundred random kills, fifty random faults
+# make fresh  demo and test in a clean clone of HEAD, in fresh Debian 12 and 13 (debootstrap, as root): tests/fresh.sh
 # make lab    the lab report measured again, for docs/lab.md: make lab FLAGS='--root ~/cifar10'
 # make bench-gpu    one GPU measured in nine minutes: make bench-gpu FLAGS='--json gpu.json'
 # make gpu    tests of training on one GPU: nccl alone, gloo between two processes, fp16, bf16, torch.compile, resuming
@@ -24,7 +25,7 @@ FIGURES := $(patsubst tests/bench/%.py,docs/performance/%.json,\
 FLAGS_bench_end_to_end = $(if $(ROOT),--root $(ROOT) --model vgg19 --epochs 8 --finetune-epochs 3 --weight 2e-3 \
 	--reconfigure-every 1 --seeds 0 1 2)
 
-.PHONY: demo test slow soak gpu check format bench bench-gpu lab dev clean $(FIGURES)
+.PHONY: demo test slow soak gpu fresh check format bench bench-gpu lab dev clean $(FIGURES)
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -51,6 +52,9 @@ lab: $(READY)
 	$(BIN)/python tests/bench/lab.py $(FLAGS)
 
 dev: $(READY_DEV)
+
+fresh:
+	tests/fresh.sh
 
 gpu: $(READY)
 	NETSLIM_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not soak' \
@@ -118,5 +122,5 @@ $(READY_BENCH): $(READY)
 $(READY_DEV): $(READY)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,export,test,dev]'
 	mkdir -p build/ns/netslim
-	for room in train prune data launch; do ln -sfn ../../../$$room build/ns/netslim/$$room; done
+	for room in base train prune data launch; do ln -sfn ../../../$$room build/ns/netslim/$$room; done
 	touch $@
