@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from netslim.base import exclusive
 from netslim.data import folder
-from netslim.data.lock import exclusive
 
 SourceName = Literal["digits", "cifar10", "cifar100", "folder"]
 

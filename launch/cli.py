@@ -1,32 +1,30 @@
 """The command ``netslim``: checks everything that can be checked, then starts the processes."""
 
 import difflib
-import inspect
-import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from netslim.data import check_batch_size, prepare
-from netslim.launch.artefacts import (
-    PREEMPTED_MARK,
-    claim,
-    is_complete,
-    read_json,
-    stage_directories,
-    stage_directory,
-)
-from netslim.launch.cluster import count_processes, launch
+from netslim.launch.batch import submit_run
 from netslim.launch.compare import compare_runs
-from netslim.launch.config import RunConfig, parse, run_directory
-from netslim.launch.describe import describe, preset_of_run
+from netslim.launch.config import RunConfig, run_directory
 from netslim.launch.export import export_run
-from netslim.launch.inspection import INSPECTION, PICTURE, format_inspection, largest_ratio
+from netslim.launch.inspect import inspect_run
 from netslim.launch.mistakes import LOST_RANK, end_at_once, guarded
-from netslim.launch.presets import PRESETS, find_preset, list_presets
-from netslim.launch.recipe import stages_of, start
-from netslim.launch.report import format_table, read_rows
-from netslim.launch.submit import submit_run
+from netslim.launch.presets import list_presets, read_preset
+from netslim.launch.recipe import COMMANDS_VARIABLE
+from netslim.launch.run import (
+    claim,
+    commands_of,
+    count_processes,
+    format_table,
+    is_complete,
+    read_rows,
+    run_recipe,
+    stages_of,
+    start,
+)
 from netslim.launch.sweep import sweep_runs
 from netslim.train import check_model
 
@@ -44,7 +42,12 @@ COMMANDS = {
     "export": "write a run's slim model as ONNX, pt2 or stand-alone weights",
 }
 _SUBJECTS = {"export": "RUN", "compare": "RUN...", "sweep": "PRESET|SWEEP"}
-_WITH_OWN_FLAGS = {"export": export_run, "submit": submit_run, "sweep": sweep_runs, "compare": compare_runs}
+_WITH_OWN_FLAGS: dict[str, Callable[[Sequence[str], str], int]] = {
+    "export": export_run,
+    "submit": submit_run,
+    "sweep": partial(sweep_runs, compare=compare_runs),
+    "compare": compare_runs,
+}
 
 
 def main() -> int:
@@ -70,79 +73,35 @@ def dispatch(arguments: Sequence[str]) -> int:
         print(f"usage: netslim {command} PRESET [flags]\n\n{COMMANDS[command]}\n\n{list_presets()}")
         return 0
     preset, *flags = rest
-    if command == "inspect" and preset not in PRESETS and Path(preset).is_dir():
-        return inspect_run(Path(preset), flags)
-    make = find_preset(preset)
-    config = parse(f"netslim {command} {preset}", inspect.getdoc(make) or "", make(), flags)
+    if command == "inspect":
+        return inspect_run(preset, flags, COMMANDS[command])
+    config = read_preset(f"netslim {command}", preset, flags)
     if command == "data":
         return write_data(config)
-    if command == "inspect":
-        print(describe(config))
-        return 0
-    return run_stages(preset, config, stages_of(command, config), [preset, *flags])
+    return run_stages(preset, config, commands_of(command, config), flags)
 
 
-def run_stages(preset: str, config: RunConfig, stages: Sequence[str], arguments: Sequence[str]) -> int:
+def run_stages(preset: str, config: RunConfig, commands: Sequence[str], flags: Sequence[str]) -> int:
     """Check, start the processes, wait for them, print the table."""
     num_processes = count_processes(config)
     check_model(config.model)
     check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
     directory = run_directory(preset, config)
     claim(directory, preset, config)
-    if not all(is_complete(path) for path in stage_directories(directory, stages, config)):
+    paths = [stage.directory(directory) for stage in stages_of(commands, config)]
+
+    def at_work() -> str:
+        return next((path.name for path in paths if not is_complete(path)), "the end")
+
+    if not all(is_complete(path) for path in paths):
         prepare(config.data, quiet=False)
-        code = start_processes(preset, config, stages, arguments, num_processes)
+        work, environment = partial(run_recipe, commands=commands), {COMMANDS_VARIABLE: " ".join(commands)}
+        code = start("netslim.launch.recipe", preset, flags, config, work, at_work, environment)
         if code:
             return code
     print(format_table(read_rows(directory)))
     print(f"{directory}/results.json")
     return 0
-
-
-def inspect_run(run: Path, flags: Sequence[str]) -> int:
-    """Print the channels of a run's network, and, where its sparse model is there, what that can bear."""
-    preset = preset_of_run(run)
-    flags = ["--config", f"{run}/config.json", "--run-dir", str(run), *flags]
-    config = parse(f"netslim inspect {run}", COMMANDS["inspect"], find_preset(preset)(), flags)
-    is_trained = is_complete(stage_directory(run, "sparsify"))
-    print(describe(config, is_trained=is_trained), flush=True)
-    if not is_trained:
-        return 0
-    code = start_processes(preset, config, ["inspect"], [preset, *flags], count_processes(config))
-    if not code:
-        from netslim.launch.figures import draw_inspection  # here: matplotlib is imported for no other command
-
-        found = read_json(run / INSPECTION)
-        print(f"\n{format_inspection(found, config.inspect.loss)}\n{run / INSPECTION}")
-        draw_inspection(found, largest_ratio(found, config.inspect.loss), run / PICTURE)
-        print(run / PICTURE)
-    return code
-
-
-def start_processes(
-    preset: str, config: RunConfig, stages: Sequence[str], arguments: Sequence[str], num_processes: int
-) -> int:
-    """Run the stages here, or in several processes under Accelerate's launcher; returns the exit code."""
-    if num_processes == 1 and not (config.engine.zero or config.max_restarts):
-        start(preset, config, stages)
-        return 0
-    os.environ["NETSLIM_STAGES"] = " ".join(stages)
-    directory = run_directory(preset, config)
-
-    def stage() -> str:
-        left = (path.name for path in stage_directories(directory, stages, config) if not is_complete(path))
-        return next(left, "the end")
-
-    return launch(
-        "netslim.launch.recipe",
-        arguments,
-        num_processes=num_processes,
-        zero=config.engine.zero,
-        precision=config.engine.precision,
-        max_restarts=config.max_restarts,
-        stage=stage,
-        was_preempted=(directory / PREEMPTED_MARK).is_file,
-    )
 
 
 def write_data(config: RunConfig) -> int:

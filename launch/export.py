@@ -13,10 +13,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from netslim.launch.artefacts import METRICS, is_complete, read_json, stage_directory
-from netslim.launch.config import read_flags
-from netslim.launch.describe import config_of_run
-from netslim.launch.report import aligned, read_row
+from netslim.launch.reading import read_flags
+from netslim.launch.run import METRICS, SPARSE, config_of_run, is_complete, read_json, read_row
+from netslim.launch.tables import aligned
 from netslim.prune import Format, Plan, cost, export, folded, latency, load, load_plan, save
 from netslim.train import build_model
 
@@ -109,7 +108,7 @@ def read_slimmed(stage: Path) -> Slimmed:
         )
     config = config_of_run(stage)
     build = partial(build_model, config.model, plan.origin.num_classes, config.seed)
-    sparse = stage_directory(stage.absolute().parent, "sparsify")
+    sparse = SPARSE.directory(stage.absolute().parent)
     size = config.data.size
     return Slimmed(
         small=load(stage, build).eval(),

@@ -1,10 +1,12 @@
 """Named, complete configurations. Each docstring says where it comes from, on what it runs and what to expect."""
 
 import difflib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 
 from netslim.data import DataConfig
 from netslim.launch.config import FinetuneConfig, PruneConfig, RunConfig
+from netslim.launch.reading import parse
 from netslim.train import FitConfig, ModelConfig, SparsityConfig
 
 
@@ -121,6 +123,12 @@ def find_preset(name: str) -> Callable[[], RunConfig]:
         nearest = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
         raise ValueError(f"no preset is called {name!r}; the nearest are {', '.join(nearest)}")
     return PRESETS[name]
+
+
+def read_preset(command: str, name: str, flags: Sequence[str]) -> RunConfig:
+    """The configuration that flags make of a preset; raises what `find_preset` and `parse` do."""
+    make = find_preset(name)
+    return parse(f"{command} {name}", inspect.getdoc(make) or "", make(), flags)
 
 
 def list_presets() -> str:

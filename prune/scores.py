@@ -7,12 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from netslim.prune import operations as ops
-from netslim.prune.calibration import Calibration
-from netslim.prune.channels import ChannelMap, Ends
-from netslim.prune.classes import Ints
-from netslim.prune.eliminate import elimination_scores
-from netslim.prune.rules import Rules
+from netslim.prune.choose import Rules
+from netslim.prune.map import CONVOLVING, NORMALISING, ChannelMap, Ends, Ints
+from netslim.prune.repair import Calibration, elimination_scores
 
 Norms = NDArray[np.float64]
 
@@ -70,7 +67,7 @@ def _mean_by_number(numbers: Ints, values: Norms, count: int) -> Norms:
 
 def _gains(model: nn.Module, end: Ends) -> Norms:
     norm = model.get_submodule(end.name)
-    assert isinstance(norm, ops.NORMALISING), "a layer of the map"
+    assert isinstance(norm, NORMALISING), "a layer of the map"
     gains = torch.ones(norm.num_features, dtype=torch.float64)
     if norm.affine:
         gains = norm.weight.detach().double().cpu()
@@ -82,14 +79,14 @@ def _gains(model: nn.Module, end: Ends) -> Norms:
 
 def _hands_on(model: nn.Module, end: Ends) -> bool:
     layer = model.get_submodule(end.name)
-    return isinstance(layer, ops.CONVOLVING) and 1 < layer.groups == layer.in_channels
+    return isinstance(layer, CONVOLVING) and 1 < layer.groups == layer.in_channels
 
 
 def _column_norms(model: nn.Module, end: Ends) -> Norms:
     """Sum the squares of the weights that read each input, (inputs,)."""
     layer = model.get_submodule(end.name)
     weight = layer.get_parameter("weight").detach().double().square().cpu()
-    if not isinstance(layer, ops.CONVOLVING):
+    if not isinstance(layer, CONVOLVING):
         sums = weight.sum(0)  # (out, in)
     elif layer.transposed:
         sums = weight.flatten(1).sum(1)  # (in, out / groups, ...)

@@ -7,15 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from netslim.prune.calibration import Calibration
-from netslim.prune.channels import ChannelMap, map_channels
-from netslim.prune.choose import ShareGone, choose
-from netslim.prune.cost import cost
-from netslim.prune.plan import Plan
-from netslim.prune.rules import Rules
+from netslim.prune.choose import Plan, Rules, ShareGone, choose, units_of
+from netslim.prune.cut import cut, norm_of, prove
+from netslim.prune.map import ChannelMap, map_channels
+from netslim.prune.repair import Calibration
 from netslim.prune.scores import score_channels
-from netslim.prune.surgery import cut, norm_of, prove
-from netslim.prune.units import units_of
+from netslim.prune.ship import cost
 
 
 def slim(

@@ -8,15 +8,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from whole_run import SCRIPT, SHORT, call
 
 from netslim.launch.cli import dispatch
 from netslim.launch.mistakes import guarded
+
+# Threads that share cores with other work wait for each other: here and in every process that is started, one each.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache for prepared data that lives as long as the test session: the digits are written once."""
     return tmp_path_factory.mktemp("data_cache")
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Path:
+    """`netslim run digits`, shortened, in two processes, with W&B's record offline: undisturbed, and not to be changed.
+
+    Whatever is killed, stopped or started in another way has to end as it did.
+    """
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    flags = ["--run-dir", directory, *SHORT, "--data.cache", data_cache]
+    done = call(SCRIPT, "run", "digits", *flags, WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    return directory
 
 
 @pytest.fixture

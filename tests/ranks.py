@@ -34,7 +34,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, directory: Path, *a
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=240)
+        process.join(timeout=600)
     failures = [path.read_text() for path in sorted(directory.glob("failure-*"))]
     assert not failures, failures[0]
     assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]

@@ -44,6 +44,8 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMe
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
+WITHOUT_CGROUPS = "CgroupPlugin=disabled\n"
+"""Of cgroup.conf: newer ones look for a cgroup file system otherwise, which containers lack; older refuse the line."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,14 @@ class Cluster:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def version(self) -> tuple[int, ...]:
+        """Its year and month, as in `slurm-wlm 22.05.8`."""
+        return tuple(int(number) for number in self.call("slurmd", "-V").split()[-1].split(".")[:2])
 
     def logs(self) -> str:
         """What the daemons have said last."""
@@ -90,7 +96,7 @@ class Cluster:
         words = self.call("scontrol", "--oneliner", "show", "job", job).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
-    def wait(self, seconds: float = 240) -> None:
+    def wait(self, seconds: float = 600) -> None:
         """Until no job is left."""
         assert wait_until(lambda: not self.jobs(), seconds), self.jobs()
 
@@ -118,6 +124,8 @@ def slurm_cluster() -> Iterator[Cluster]:
         directory.chmod(0o755)
         cluster = Cluster({"SLURM_CONF": str(directory / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"})
         configure(directory)
+        if cluster.version() >= (23, 2):
+            (directory / "cgroup.conf").write_text(WITHOUT_CGROUPS)
         munge = directory / "munge"
         files = {
             name: munge / name.split("-")[0] for name in ("key-file", "log-file", "pid-file", "seed-file", "socket")
@@ -130,12 +138,12 @@ def slurm_cluster() -> Iterator[Cluster]:
         }
         for name, command in daemons.items():
             stack.callback(end, start(command, cluster, directory / f"{name}.log"))
-            assert name != "munged" or wait_until(files["socket"].exists, 10), (directory / "munged.log").read_text()
-        assert wait_until(lambda: cluster.has_idle_nodes(2), 30), "the nodes do not come up"
+            assert name != "munged" or wait_until(files["socket"].exists, 60), f"munged does not start{cluster.logs()}"
+        assert wait_until(lambda: cluster.has_idle_nodes(2), 120), f"the nodes do not come up{cluster.logs()}"
         yield cluster
         cluster.call("scancel", "--state=PENDING", "--me")
         cluster.call("scancel", "--me")
-        wait_until(lambda: not cluster.jobs(), 20)
+        wait_until(lambda: not cluster.jobs(), 60)
 
 
 def configure(directory: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
-from netslim.train.wandb_run import WandbRun
+from netslim.train.record.wandb_run import WandbRun
 
 KEY = "a" * 40
 """What every test has for a key."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from netslim.data.pipelines import Augmentation, Shard, draw_augmentation, epoch_order, shard_order
+from netslim.data.batches.pipelines import Augmentation, Shard, draw_augmentation, epoch_order, shard_order
 
 
 def global_batches(order: NDArray[np.int64], batch: int, ranks: int, accumulation: int) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from netslim.data import DataConfig, prepare
 from netslim.data.sources import open_source
-from netslim.data.write import choose_loader
+from netslim.data.store.write import choose_loader
 
 
 class Usage(NamedTuple):
@@ -77,7 +77,7 @@ def test_settings_that_leave_the_pixels_alone_share_a_directory(tmp_path: Path) 
 def test_processes_that_start_together_write_once(tmp_path: Path) -> None:
     config = make_folder(tmp_path)
     code = (
-        "from pathlib import Path; from netslim.data import *; import netslim.data.write as w\n"
+        "from pathlib import Path; from netslim.data import *; import netslim.data.store.write as w\n"
         "write = w._write\n"
         "def counted(*args): print('wrote'); write(*args)\n"
         "w._write = counted\n"
@@ -86,7 +86,7 @@ def test_processes_that_start_together_write_once(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    output = [process.communicate(timeout=120)[0] for process in both]
+    output = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sorted(output) == ["", "wrote\n"]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from netslim.launch.artefacts import claim
 from netslim.launch.cli import COMMANDS, dispatch
 from netslim.launch.config import RunConfig
-from netslim.launch.describe import describe
+from netslim.launch.inspect.describe import describe
+from netslim.launch.run.directory import claim
 from netslim.train import ModelConfig
 
 Netslim = Callable[..., tuple[int, str]]

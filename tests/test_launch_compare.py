@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 from netslim.data import DataConfig
-from netslim.launch.artefacts import Pass as Turn
-from netslim.launch.artefacts import claim, stage_directory, write_json, write_stage
-from netslim.launch.choice import Candidate, Verdict, find_baseline, find_candidates, judge, notes, pareto
-from netslim.launch.compare import compare_runs, sort_rows
+from netslim.launch.compare.choice import Candidate, Verdict, find_baseline, find_candidates, judge, notes, pareto
+from netslim.launch.compare.command import compare_runs, sort_rows
+from netslim.launch.compare.entries import Entry, Gathered, Sparse, Task, gather
 from netslim.launch.config import PruneConfig, RunConfig
-from netslim.launch.entries import Entry, Gathered, Sparse, Task, gather
-from netslim.launch.grid import Member, Sweep
 from netslim.launch.mistakes import guarded
-from netslim.launch.report import write_results
+from netslim.launch.run.directory import claim, write_json, write_stage
+from netslim.launch.run.results import write_results
+from netslim.launch.sweep.grid import Member, Sweep
 from netslim.prune import Plan, slim
 from netslim.train import ModelConfig, RecordConfig, SparsityConfig, build_model
 
@@ -85,7 +84,7 @@ def make_run(tmp_path: Path) -> Run:
 
 
 def stage_of(directory: Path, stage: str, ratio: float) -> Path:
-    return stage_directory(directory, stage, Turn(ratio))
+    return directory / f"{stage}-{ratio:.2f}"
 
 
 def write(
@@ -124,7 +123,7 @@ def compare(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pyte
 @pytest.fixture
 def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the page, which takes longest."""
-    monkeypatch.setattr("netslim.launch.compare._write_page", lambda *_: [])
+    monkeypatch.setattr("netslim.launch.compare.command._write_page", lambda *_: [])
 
 
 def rows_of(compare: Compare, *arguments: object) -> list[dict[str, Any]]:
@@ -441,7 +440,7 @@ def test_the_view_in_wandb_is_of_the_runs_groups_and_its_address_is_printed(
         asked.extend(arguments)
         return "https://wandb.example/view"
 
-    monkeypatch.setitem(sys.modules, "netslim.launch.workspace", SimpleNamespace(save_workspace=save))
+    monkeypatch.setitem(sys.modules, "netslim.launch.compare.workspace", SimpleNamespace(save_workspace=save))
     grouped = RunConfig(data=DataConfig(size=16), record=RecordConfig(group="mine"))
     runs = [make_run("a"), make_run("b", base=grouped)]
     code, printed, _ = compare(*runs, "--wandb")

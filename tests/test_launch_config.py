@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from netslim.launch.config import RunConfig, differences, parse, to_dict
+from netslim.launch.config import RunConfig, differences, to_dict
 from netslim.launch.presets import PRESETS, find_preset
+from netslim.launch.reading import parse
 
 
 def resolve(*arguments: str) -> RunConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from test_end_to_end import STAGES
+from whole_run import STAGES
 
 from netslim.launch.cli import dispatch
 from netslim.launch.mistakes import guarded

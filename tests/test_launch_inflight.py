@@ -17,7 +17,7 @@ from test_train_resume import CrashError, Dying, assert_equal, lines, momenta
 from torch import Tensor, nn
 
 from netslim.launch.config import RunConfig
-from netslim.launch.inflight import InFlight
+from netslim.launch.run.inflight import InFlight
 from netslim.prune import Coupling, Rules, choose_zeros, cost, map_channels, open_gammas
 from netslim.train import (
     CheckpointConfig,
@@ -182,18 +182,28 @@ def train_and_crash(
     return found
 
 
+MORE = [STEPS - 1, STEPS, STEPS + 1, 2 * STEPS, 2 * STEPS + 1, 3 * STEPS - 1]
+
+
 @pytest.mark.parametrize(
-    ("zero", "world_size"),
-    [(0, 2), (2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 1), (1, 2)))],
+    ("zero", "world_size", "crashes"),
+    [
+        (0, 2, [STEPS - 1, 2 * STEPS, 2 * STEPS + 1]),
+        (2, 1, [2 * STEPS]),
+        *(pytest.param(*case, MORE, marks=pytest.mark.slow) for case in ((0, 1), (0, 2), (1, 2), (2, 1))),
+    ],
 )
-def test_a_crash_after_any_batch_around_a_cut_changes_nothing(zero: int, world_size: int, tmp_path: Path) -> None:
-    engine = EngineConfig(zero=zero)  # type: ignore[arg-type]
-    crashes = [STEPS - 1, STEPS, STEPS + 1, 2 * STEPS, 3 * STEPS - 1] if zero == 0 else [2 * STEPS, 2 * STEPS + 1]
-    crash_and_compare(world_size, tmp_path, engine, crashes, PROXIMAL)
+def test_a_crash_after_any_batch_around_a_cut_changes_nothing(
+    zero: int, world_size: int, crashes: list[int], tmp_path: Path
+) -> None:
+    crash_and_compare(world_size, tmp_path, EngineConfig(zero=zero), crashes, PROXIMAL)  # type: ignore[arg-type]
 
 
-def test_a_crash_after_any_batch_around_a_cut_within_an_epoch_changes_nothing(tmp_path: Path) -> None:
-    crash_and_compare(2, tmp_path, EngineConfig(), [3, 4, 5, STEPS + 4], WITHIN)
+@pytest.mark.parametrize("crashes", [[4, STEPS + 5], pytest.param([3, 4, 5, STEPS + 4], marks=pytest.mark.slow)])
+def test_a_crash_after_any_batch_around_a_cut_within_an_epoch_changes_nothing(
+    crashes: list[int], tmp_path: Path
+) -> None:
+    crash_and_compare(2, tmp_path, EngineConfig(), crashes, WITHIN)
 
 
 def crash_and_compare(

@@ -9,7 +9,7 @@ from PIL import Image
 from test_launch_cli import Netslim, assert_one_line, smallest
 
 from netslim.launch.cli import dispatch
-from netslim.launch.inspection import format_inspection, largest_ratio
+from netslim.launch.inspect.sparse import format_inspection, largest_ratio
 
 RATIOS = ("--inspect.ratios", 0.3, 0.5, 0.99)
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from test_launch_compare import HOSTILE, Compare, Run, compare, make_run, sweep
 
-from netslim.launch.charts import INK, PAPER, SERIES
-from netslim.launch.choice import judge
-from netslim.launch.curves import read_drawn, read_epochs, read_gammas
-from netslim.launch.entries import gather
+from netslim.launch.compare.charts import INK, PAPER, SERIES
+from netslim.launch.compare.choice import judge
+from netslim.launch.compare.curves import read_drawn, read_epochs, read_gammas
+from netslim.launch.compare.entries import gather
 
 __all__ = ["compare", "make_run", "sweep"]  # fixtures
 WIDTHS = (1400, 390)

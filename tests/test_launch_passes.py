@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from netslim.launch.artefacts import Pass, passes_to
+from netslim.launch.run.stage import Pass, passes_to
 from netslim.prune import load_plan
 
 FLAGS = [

@@ -15,13 +15,16 @@ from test_launch_cli import Netslim, assert_one_line, smallest
 from test_train_resume import lines
 
 from netslim.data import DataConfig
-from netslim.launch import recipe
-from netslim.launch.artefacts import PREEMPTED_MARK
 from netslim.launch.cli import dispatch
 from netslim.launch.config import RunConfig
 from netslim.launch.mistakes import MISTAKE, PREEMPTED, guarded
-from netslim.train.checkpoint import read
+from netslim.launch.run import recipe
+from netslim.launch.run.directory import PREEMPTED_MARK
+from netslim.launch.run.runner import Made
+from netslim.launch.run.stage import Command
+from netslim.launch.run.starting import open_job
 from netslim.train.loop import Training
+from netslim.train.saved.checkpoint import read
 
 STOP, LAST = 3, 10  # the step after which runs are stopped, and that at which they end
 Damage = Callable[[Path], object]
@@ -298,10 +301,10 @@ def test_a_run_directory_that_is_read_only_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
-    ("stage", "directory"), [("prune", "prune-0.50"), ("restore", "repair-0.50"), ("finetune", "finetune-0.50")]
+    ("command", "directory"), [("prune", "prune-0.50"), ("repair", "repair-0.50"), ("finetune", "finetune-0.50")]
 )
 def test_a_disk_that_fills_up_between_two_stages_costs_only_the_second(
-    stage: str,
+    command: Command,
     directory: str,
     disk: Disk,
     undisturbed: Path,
@@ -312,22 +315,22 @@ def test_a_disk_that_fills_up_between_two_stages_costs_only_the_second(
 ) -> None:
     run = disk.path / "run"
     shutil.copytree(undisturbed, run)
-    command = ["run", *flags(run, data_cache)]
-    real = getattr(recipe, stage)
+    line = ["run", *flags(run, data_cache)]
+    real = recipe.MAKE[command]
 
-    def failing(*arguments: Any) -> None:
+    def failing(*arguments: Any) -> Made:
         disk.fill()
-        real(*arguments)
+        return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, stage, failing)
-        code, error = netslim(*command)
+        patch.setitem(recipe.MAKE, command, failing)
+        code, error = netslim(*line)
     assert code == MISTAKE
     assert_one_line(error, "No space left")
     assert "sparse" not in trained
     assert not (run / directory / "metrics.json").exists()
     (disk.path / "ballast").unlink()
-    assert netslim(*command)[0] == 0
+    assert netslim(*line)[0] == 0
     assert "sparse" not in trained
     assert [path.name for path in run.rglob(".*")] == [".lock"]
     assert len(json.loads((run / "results.json").read_text())["rows"]) == 4
@@ -340,5 +343,5 @@ def test_ranks_of_any_launcher_that_do_not_divide_the_batch_are_refused_before_a
     info: Any = None
     ranks: Any = SimpleNamespace(world_size=3)
     with pytest.raises(ValueError, match="batch size 256 is not a multiple of 3 ranks"):
-        recipe.open_job("digits", config, info, ranks)
+        open_job("digits", config, info, ranks)
     assert not (tmp_path / "run").exists()

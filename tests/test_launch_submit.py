@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_launch_cli import Netslim, assert_one_line
 
-from netslim.launch import submit
-from netslim.launch.batch import Script, batch_script, command_script
+from netslim.launch.batch import submit
+from netslim.launch.batch.script import Script, batch_script, command_script
+from netslim.launch.batch.slurm import Shape, SlurmConfig, _minutes, split_flags
 from netslim.launch.cli import dispatch
-from netslim.launch.grid import Member, Sweep
 from netslim.launch.presets import digits, vgg19_cifar10
-from netslim.launch.slurm import Shape, SlurmConfig, _minutes, split_flags
-from netslim.launch.sweep_jobs import array_script
+from netslim.launch.sweep.grid import Member, Sweep
+from netslim.launch.sweep.jobs import array_script
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "launch" / "sbatch"

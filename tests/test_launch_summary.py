@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from netslim.data import DataConfig, DataInfo
-from netslim.launch import summary as under_test
-from netslim.launch.summary import accuracies, dataset, done_line, flat, latencies
+from netslim.launch.run import summary as under_test
+from netslim.launch.run.summary import accuracies, dataset, done_line, flat, latencies
 
 ROWS = [
     {"stage": "sparse", "ratio": 0.0, "accuracy": 0.9},

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from test_end_to_end import SCRIPT, call
 from test_launch_cli import Netslim, assert_one_line
+from whole_run import SCRIPT, call
 
-from netslim.launch.grid import Member, Sweep
+from netslim.launch.cli import dispatch
 from netslim.launch.presets import digits
-from netslim.launch.sweep import SweepConfig, grid, new_sweep
+from netslim.launch.sweep.command import SweepConfig, grid, new_sweep
+from netslim.launch.sweep.grid import Member, Sweep
 
 LONE = "lambda-0_seed-0_ratio-0.90"
 
@@ -45,19 +46,19 @@ def weights(directory: Path, stage: str) -> bytes:
 
 
 def test_a_member_is_what_the_run_of_its_lambda_and_ratio_alone_would_be(
-    sweep: Path, flags: list[object], tmp_path: Path
+    sweep: Path, flags: list[object], tmp_path: Path, netslim: Netslim
 ) -> None:
     alone = ["--sparsity.weight", "1e-2", "--prune.ratio", 0.5]
-    done = call(SCRIPT, "run", "digits", "--run-dir", tmp_path / "run", *alone, *flags)
-    assert done.returncode == 0, done.stderr
+    code, error = netslim("run", "digits", "--run-dir", tmp_path / "run", *alone, *flags)
+    assert code == 0, error
     member = sweep / "lambda-0.01_seed-0_ratio-0.50"
     for stage in ("sparse", "prune-0.50", "repair-0.50", "finetune-0.50"):
         assert weights(member, stage) == weights(tmp_path / "run", stage), stage
 
 
-def test_a_member_that_failed_says_why_and_is_run_again_alone(sweep: Path) -> None:
-    said = call(SCRIPT, "sweep", "--status", sweep)
-    (line,) = (line for line in said.stdout.splitlines() if line.split()[0] == LONE)
+def test_a_member_that_failed_says_why_and_is_run_again_alone(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["sweep", "--status", str(sweep)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[0] == LONE)
     assert "failed: " in line
     assert "prune-0.90" in line
     before = {path: path.stat().st_mtime_ns for path in sweep.rglob("weights.safetensors")}

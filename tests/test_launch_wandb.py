@@ -26,15 +26,16 @@ from stand_in import (
     wandb_runs,
     wandb_summary,
 )
-from test_end_to_end import call as call_plainly
 from torch import nn
+from whole_run import call as call_plainly
 
-from netslim.launch.artefacts import read_config
-from netslim.launch.config import RunConfig, field_names, parse
+from netslim.launch.config import RunConfig, field_names
 from netslim.launch.presets import find_preset
-from netslim.launch.summary import flat
+from netslim.launch.reading import parse
+from netslim.launch.run.directory import read_config
+from netslim.launch.run.summary import flat
 from netslim.train import Record, RecordConfig
-from netslim.train.wandb_run import WandbRun
+from netslim.train.record.wandb_run import WandbRun
 
 BIN = Path(sys.executable).parent
 SWEEP = Path(__file__).parents[1] / "launch" / "wandb" / "sweep.yaml"
@@ -46,9 +47,7 @@ SHORT = [
 
 
 def call(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return call_plainly(
-        *command, timeout=200, **{"WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", **environment}
-    )
+    return call_plainly(*command, **{"WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false", **environment})
 
 
 @pytest.fixture(scope="module")
@@ -227,14 +226,15 @@ TRIALS = [
 ]
 
 
-@pytest.fixture
-def trials(tmp_path: Path) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the real `wandb agent` starts for two trials: command line and environment, as `accelerate` sees them."""
-    fake = tmp_path / "bin" / "accelerate"
+    directory = tmp_path_factory.mktemp("agent")
+    fake = directory / "bin" / "accelerate"
     fake.parent.mkdir()
     fake.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
-        f"with open({str(tmp_path / 'seen')!r}, 'a') as file:\n"
+        f"with open({str(directory / 'seen')!r}, 'a') as file:\n"
         "    print(json.dumps({'arguments': sys.argv[1:], 'environment': dict(os.environ)}), file=file)\n"
     )
     fake.chmod(0o755)
@@ -253,23 +253,23 @@ def trials(tmp_path: Path) -> list[dict[str, Any]]:
         }
         done = subprocess.run(
             [BIN / "wandb", "agent", "--count", "2", "someone/netslim/sweep001"],
-            cwd=tmp_path,
+            cwd=directory,
             capture_output=True,
             text=True,
             check=False,
-            timeout=100,
+            timeout=600,
             env={
                 **os.environ,
                 "PATH": f"{fake.parent}:{os.environ['PATH']}",
                 "WANDB_API_KEY": KEY,
                 "WANDB_BASE_URL": there.url,
-                "WANDB_CONFIG_DIR": str(tmp_path),
+                "WANDB_CONFIG_DIR": str(directory),
                 "WANDB_ERROR_REPORTING": "false",
             },
         )
     assert done.returncode == 0, done.stderr
     assert KEY not in done.stdout + done.stderr
-    return [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    return [json.loads(line) for line in (directory / "seen").read_text().splitlines()]
 
 
 def test_an_agent_starts_our_recipe_with_the_sweeps_values_each_trial_in_a_directory_of_its_own(

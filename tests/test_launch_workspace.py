@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from stand_in import KEY, account, server
 
-from netslim.launch.workspace import make_workspace, save_workspace
+from netslim.launch.compare.workspace import make_workspace, save_workspace
 
 pytest.importorskip("wandb_workspaces", reason="needs the extra: pip install '.[workspaces]'")
 

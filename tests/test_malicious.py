@@ -21,14 +21,14 @@ from test_launch_resume import flags, stopped
 from test_prune_origin import Malicious
 
 from netslim.data import DataConfig, Shard, open_loaders, prepare
-from netslim.launch.artefacts import claim
 from netslim.launch.cli import dispatch
-from netslim.launch.config import RunConfig, parse
-from netslim.launch.describe import config_of_run
+from netslim.launch.config import RunConfig
 from netslim.launch.export import read_slimmed
 from netslim.launch.mistakes import MISTAKE, guarded
 from netslim.launch.presets import digits
-from netslim.launch.report import read_row, read_rows
+from netslim.launch.reading import parse
+from netslim.launch.run.directory import claim, config_of_run
+from netslim.launch.run.results import read_row, read_rows
 from netslim.prune import load
 from netslim.train import Store
 
@@ -287,7 +287,7 @@ ORIGINS: list[dict[str, Any]] = [
     *({"function": f"{function}"} for function in ("builtins:eval", "importlib:import_module", "shutil:rmtree")),
     *({"function": f"os:{name}"} for name in ("mkdir", "remove", "popen", "path.join")),
     *({"function": f"netslim.prune:{name}"} for name in ("load", "save", "slim", "Plan", "__all__", "__path__", "no")),
-    *({"function": f"netslim.launch.{name}"} for name in ("cli:main", "recipe:start", "cluster:launch", "cli:os")),
+    *({"function": f"netslim.launch.{name}"} for name in ("cli:main", "recipe:enter", "run:launch", "cli:difflib")),
     *({"function": f"torch:{name}"} for name in ("load", "save", "nn", "hub", "ops.load_library")),
     *({"function": f"torchvision.models:{name}"} for name in ("get_model_weights", "vgg", "__name__")),
     *({"function": function} for function in ("", ":", "os", "../outside:run", "os\0:system", "/tmp/x:run", "a b:c")),

@@ -9,7 +9,7 @@ from test_prune_repair import calibration, difference, plan_for
 from torch import Tensor, nn
 
 from netslim.prune import RepairConfig, cut, repair
-from netslim.prune.balance import GAMMA, balance
+from netslim.prune.repair.balance import GAMMA, balance
 
 
 def of_sparse_sizes(model: nn.Module) -> nn.Module:

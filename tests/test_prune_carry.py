@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_prune_nets import EXAMPLE, Residual, scramble
 
 from netslim.prune import carry, make_plan, map_channels, masked
-from netslim.prune.surgery import cut
+from netslim.prune.cut.surgery import cut
 from netslim.train import GammaPenalty
 
 TARGETS = torch.tensor([1, 2])

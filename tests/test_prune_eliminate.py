@@ -8,9 +8,9 @@ from test_prune_repair import calibration, difference, doubled, images_and_label
 from torch import Tensor, nn
 
 from netslim.prune import Calibration, largest_difference, map_channels, repair, score_channels, slim
-from netslim.prune.hinge import Hinge, Rows, refine
-from netslim.prune.ridge import Line, Moments, solve
-from netslim.prune.rules import Rules
+from netslim.prune.choose.rules import Rules
+from netslim.prune.repair.hinge import Hinge, Rows, refine
+from netslim.prune.repair.ridge import Line, Moments, solve
 from netslim.train import EngineConfig, Runtime
 
 RULES = Rules(score="reconstruction")

@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from netslim.prune import Origin, cost, export, folded, latency, load, load_plan, save, slim
+from netslim.prune.ship import formats
 from netslim.train.models import build_network
-
-room = importlib.import_module("netslim.prune.export")  # in the package, its function has the name
 
 NETS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "vgg19": (lambda: build_network("vgg19", 10, width=0.125), "group"),
@@ -68,7 +66,8 @@ def small() -> nn.Module:
         ("vgg19", ("onnx", "pt2")),
         ("resnet50", ("onnx",)),
         ("densenet40", ("onnx",)),
-        ("mobilenet_v3_small", ("onnx", "pt2")),
+        ("mobilenet_v3_small", ("pt2",)),
+        pytest.param("mobilenet_v3_small", ("onnx",), marks=pytest.mark.slow),
     ],
 )
 def test_files_of_a_slim_network_agree_with_torch_at_any_batch_size(name, formats, tmp_path):
@@ -117,7 +116,7 @@ with torch.no_grad():
 torch.save([by_torch, torch.from_numpy(by_onnx)], "logits.pt")
 """
     command = [sys.executable, "-P", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert all(relative(logits, small(images)) <= 1e-4 for logits in torch.load(tmp_path / "logits.pt"))
@@ -161,7 +160,7 @@ def test_weights_are_a_directory_that_load_takes_alone(tmp_path):
 def test_a_file_that_differs_from_torch_is_an_error_and_nothing_is_left(format, small, tmp_path, monkeypatch):
     path = tmp_path / "model"
     path.write_text("the old one")
-    monkeypatch.setattr(room, "folded", lambda model, _: scramble(copy.deepcopy(model), seed=1))
+    monkeypatch.setattr(formats, "folded", lambda model, _: scramble(copy.deepcopy(model), seed=1))
     with pytest.raises(RuntimeError, match=r"differs from torch by .*, more than 0.0001, so it was not written"):
         export(small, EXAMPLE, path, format)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
@@ -172,7 +171,7 @@ def test_weights_that_load_as_another_network_are_an_error_and_nothing_is_left(t
     origin = Origin(function="netslim.train.models:build_network", name="vgg11", width=0.125, num_classes=10)
     small, plan = slim(scramble(origin.build()).eval(), EXAMPLE, ratio=0.5)
     save(small, plan, tmp_path / "stage", origin)
-    monkeypatch.setattr(room, "load", lambda directory: scramble(load(directory), 1))
+    monkeypatch.setattr(formats, "load", lambda directory: scramble(load(directory), 1))
     with pytest.raises(RuntimeError, match="differs from torch"):
         export(small, EXAMPLE, tmp_path / "slim", "weights", load_plan(tmp_path / "stage"))
     assert [file.name for file in tmp_path.iterdir()] == ["stage"]
@@ -197,7 +196,7 @@ def no_work(monkeypatch):
     def work(*_: object) -> None:
         raise AssertionError("work was done before the arguments were checked")
 
-    monkeypatch.setattr(room, "folded", work)
+    monkeypatch.setattr(formats, "folded", work)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -316,13 +315,13 @@ def test_a_fold_that_would_change_the_outputs_is_not_made():
 
 
 class Sleeping(nn.Module):
-    """Takes 2 ms per image, and remembers its calls."""
+    """Takes 10 ms per image, and remembers its calls."""
 
     seen: ClassVar[list[tuple[int, bool, bool]]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append((len(x), self.training, torch.is_inference_mode_enabled()))
-        time.sleep(0.002 * len(x))
+        time.sleep(0.01 * len(x))
         return x
 
 
@@ -331,8 +330,8 @@ def test_latency_is_the_median_per_batch_size_in_eval_mode_after_a_warm_up():
     model = Sleeping()
     times = latency(model, EXAMPLE, batch_sizes=(1, 4), seconds=0)
     assert list(times) == [1, 4]
-    assert 2 <= times[1] < times[4]
-    assert times[4] >= 8
+    assert 10 <= times[1] < times[4]
+    assert times[4] >= 40
     assert Sleeping.seen == [(1, False, True)] * 4 + [(4, False, True)] * 4
     assert model.training
 

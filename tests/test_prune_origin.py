@@ -13,7 +13,7 @@ import torch
 from test_prune_nets import EXAMPLE, chain, scramble
 from torch import nn
 
-import netslim.prune.plan
+import netslim.prune.choose.plan
 from netslim.prune import Origin, Plan, load, load_plan, save, slim
 
 NETWORKS = "netslim.train.models:build_network"
@@ -140,9 +140,11 @@ def test_a_plan_that_names_anything_but_a_builder_never_runs_it(origin, tmp_path
 
 def test_a_function_that_netslim_only_imports_is_given_no_name(monkeypatch):
     called = []
-    monkeypatch.setattr(netslim.prune.plan, "stranger", lambda name, num_classes: called.append(name), raising=False)
+    monkeypatch.setattr(
+        netslim.prune.choose.plan, "stranger", lambda name, num_classes: called.append(name), raising=False
+    )
     with pytest.raises(ValueError, match=rf"is of {__name__}, and may be given num_classes alone"):
-        Origin(function="netslim.prune.plan:stranger", name="x", num_classes=10).build()
+        Origin(function="netslim.prune.choose.plan:stranger", name="x", num_classes=10).build()
     assert not called
 
 

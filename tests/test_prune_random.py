@@ -14,8 +14,7 @@ from test_prune_nets import scramble
 from torch import Tensor, nn
 
 from netslim.prune import ChannelMap, Plan, cut, largest_difference, make_plan, map_channels
-from netslim.prune.channels import Ends, Layer
-from netslim.prune.classes import CONSTANT
+from netslim.prune.map import CONSTANT, Ends, Layer
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

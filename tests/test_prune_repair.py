@@ -11,9 +11,9 @@ from test_prune_nets import NETS, chain, scramble
 from torch import Tensor, nn
 
 from netslim.prune import Calibration, Chunk, Plan, RepairConfig, cut, make_plan, map_channels, repair
-from netslim.prune.absorb import absorb
-from netslim.prune.recalibrate import recalibrate
-from netslim.prune.reconstruct import reconstruct
+from netslim.prune.repair.absorption import absorb
+from netslim.prune.repair.recalibration import recalibrate
+from netslim.prune.repair.reconstruction import reconstruct
 from netslim.train import EngineConfig, Runtime
 
 SIZE = 8

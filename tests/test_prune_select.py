@@ -11,7 +11,7 @@ from test_prune_nets import EXAMPLE, NETS, Residual, block, chain, scramble
 from torch import Tensor, nn
 
 from netslim.prune import Plan, embed, largest_difference, load, make_plan, map_channels, save, slim
-from netslim.prune.select import ScatterChannels, SelectChannels
+from netslim.prune.cut.select import ScatterChannels, SelectChannels
 
 
 class PreActivated(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from netslim.train import checkpoint
-from netslim.train.checkpoint import Snapshot, Store, read
+from netslim.train.saved import checkpoint
+from netslim.train.saved.checkpoint import Snapshot, Store, read
 
 NAMES = ("tensors.safetensors", "values.json", "manifest.json")
 
@@ -155,7 +155,7 @@ class Crash(BaseException):
 
 
 OPERATIONS = {
-    "fsync": (checkpoint.os, "fsync"),
+    "fsync": (os, "fsync"),
     "rename": (Path, "rename"),
     "write": (Path, "open"),
     "mkdir": (Path, "mkdir"),
@@ -213,12 +213,12 @@ def test_the_best_is_not_given_up_for_one_that_does_not_verify(store: Store, mon
     store.save(snapshot(10), best_step=10)
     store.save(snapshot(20), best_step=10)
     store.save(snapshot(30), best_step=10)
-    real = checkpoint._write
+    real = checkpoint.write_flushed
 
     def damaged(path: Path, content: bytes) -> None:
         real(path, content[:-1] if path.name == "tensors.safetensors" else content)
 
-    monkeypatch.setattr(checkpoint, "_write", damaged)
+    monkeypatch.setattr(checkpoint, "write_flushed", damaged)
     with pytest.raises(ValueError, match="is damaged"):
         store.save(snapshot(40), best_step=40)
     assert_is(read(store.directory / "step-00000010"), 10)

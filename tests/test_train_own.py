@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from netslim.launch.cli import dispatch
-from netslim.launch.config import parse
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import digits
+from netslim.launch.reading import parse
 from netslim.train import ModelConfig, build_model, check_model
 
 MODULE = """

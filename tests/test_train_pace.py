@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 from test_train_distributed import Images, Shares, network, new_runtime
 from torch import Tensor
 
-from netslim.train import EngineConfig, FitConfig, Record, fit
+from netslim.train import EngineConfig, FitConfig, Record, fit, meters
 from netslim.train.meters import Waits, peak_memory
-from netslim.train.pace import Leg, Pace, in_words
+from netslim.train.record.pace import Leg, Pace, in_words
 
 
 class Clock:
@@ -105,18 +106,24 @@ def test_a_time_to_come_is_said_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
 
 
-def test_waiting_is_what_passes_before_an_item_comes() -> None:
+def test_waiting_is_what_passes_before_an_item_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=clock))
+
     def slowly() -> Iterator[int]:
         for number in range(3):
-            time.sleep(0.05)
+            clock.now += 0.5
             yield number
 
     waits = Waits(slowly())
     for _ in waits:
-        time.sleep(0.1)
-    assert 0.15 <= waits.seconds < 0.3
+        clock.now += 10
+    assert waits.seconds == 1.5
     assert waits.share(2 * waits.seconds) == 0.5
     assert waits.share(0.0) == 0.0
+
+
+NAP = 0.2
 
 
 class Slow(Images):
@@ -124,7 +131,7 @@ class Slow(Images):
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in super().epoch(epoch, first_batch):
-            time.sleep(0.2)
+            time.sleep(NAP)
             yield batch
 
 
@@ -140,7 +147,7 @@ def test_an_epoch_says_how_long_it_waited_for_images(
         found.append(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1]))
     run.close()
     slow, fast = found
-    assert 0.5 < slow["data_wait"] <= 1
+    assert 4 * NAP <= slow["data_wait"] * slow["seconds"] <= slow["seconds"]
     assert 0 <= fast["data_wait"] < slow["data_wait"]
     assert "gpu_memory_mb" not in slow
     lines = capfd.readouterr().out.splitlines()

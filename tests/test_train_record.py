@@ -15,20 +15,10 @@ from test_train_distributed import Shares, network, new_runtime
 from test_train_resume import CrashError, Dying
 from torch import nn
 
-from netslim.train import (
-    CheckpointConfig,
-    EngineConfig,
-    FitConfig,
-    Record,
-    RecordConfig,
-    Saver,
-    Store,
-    fit,
-    wandb_run,
-    wandb_server,
-)
-from netslim.train.wandb_content import Artefact, Lineage
-from netslim.train.wandb_server import Probe, wandb_mode
+from netslim.train import CheckpointConfig, EngineConfig, FitConfig, Record, RecordConfig, Saver, Store, fit
+from netslim.train.record import wandb_run, wandb_server
+from netslim.train.record.wandb_content import Artefact, Lineage
+from netslim.train.record.wandb_server import Probe, wandb_mode
 
 METRICS = {"epoch": 1, "train_loss": 0.5, "accuracy": 0.9, "images_per_second": 10.0}
 OFFLINE = RecordConfig(wandb="offline")

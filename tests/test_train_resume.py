@@ -1,7 +1,7 @@
 """Training that is taken up again ends as the undisturbed one, bit for bit."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,12 @@ def lines(directory: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in moods} for line in found]
 
 
-def train_and_crash(directory: Path, engine: EngineConfig) -> dict[int, dict[str, dict[str, Tensor]]]:
-    """The weights and the last checkpoint of a run undisturbed (-1), and of runs that crashed after each batch."""
-    parts = engine.accumulation
+def train_and_crash(
+    directory: Path, engine: EngineConfig, crashes: Sequence[int]
+) -> dict[int, dict[str, dict[str, Tensor]]]:
+    """The weights and the last checkpoint of a run undisturbed (-1), and of runs that crashed after so many batches."""
     found = {}
-    for crash in (-1, *range(1, STEPS * EPOCHS * parts)):
+    for crash in (-1, *crashes):
         place = directory / str(crash)
         if crash >= 0:
             with pytest.raises(CrashError):
@@ -111,8 +112,10 @@ def train_and_crash(directory: Path, engine: EngineConfig) -> dict[int, dict[str
     return found
 
 
-def assert_all_as_undisturbed(found: list[dict[int, dict[str, dict[str, Tensor]]]], directory: Path) -> None:
-    for results in found:
+def crash_and_compare(world_size: int, tmp_path: Path, engine: EngineConfig, crashes: Sequence[int]) -> None:
+    directory = tmp_path / "runs"
+    for results in run_ranks(train_and_crash, world_size, tmp_path, directory, engine, crashes):
+        assert len(results) == 1 + len(crashes)
         for crash, result in results.items():
             assert_equal(result["weights"], results[-1]["weights"])
             assert_equal(result["checkpoint"], results[-1]["checkpoint"])
@@ -125,13 +128,19 @@ def assert_all_as_undisturbed(found: list[dict[int, dict[str, dict[str, Tensor]]
     ids=["plain", "accumulation"],
 )
 def test_a_crash_after_any_batch_changes_nothing_on_two_ranks(engine: EngineConfig, tmp_path: Path) -> None:
-    assert_all_as_undisturbed(run_ranks(train_and_crash, 2, tmp_path, tmp_path / "runs", engine), tmp_path / "runs")
+    crash_and_compare(2, tmp_path, engine, range(1, STEPS * EPOCHS * engine.accumulation))
 
 
-@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_crash_under_zero_changes_nothing(zero: int, tmp_path: Path) -> None:
-    engine = EngineConfig(zero=zero)  # type: ignore[arg-type]
-    assert_all_as_undisturbed(run_ranks(train_and_crash, 1, tmp_path, tmp_path / "runs", engine), tmp_path / "runs")
+@pytest.mark.parametrize(
+    ("zero", "crashes"),
+    [
+        (3, (1, STEPS, STEPS + 1)),
+        *(pytest.param(zero, range(1, STEPS * EPOCHS), marks=pytest.mark.slow) for zero in (2, 3)),
+    ],
+    ids=["3", "2-any", "3-any"],
+)
+def test_a_crash_under_zero_changes_nothing(zero: int, crashes: Sequence[int], tmp_path: Path) -> None:
+    crash_and_compare(1, tmp_path, EngineConfig(zero=zero), crashes)  # type: ignore[arg-type]
 
 
 def crash(directory: Path, after: int) -> None:

@@ -15,7 +15,7 @@ from test_train_resume import CrashError
 from torch import Tensor, nn
 
 from netslim.data import DataConfig, Loaders, Shard, open_loaders, prepare
-from netslim.data.loaders import TrainLoader
+from netslim.data.batches.loaders import TrainLoader
 from netslim.train import CheckpointConfig, EngineConfig, FitConfig, Record, Runtime, Saver, Store, fit
 
 BATCH, STEPS = 288, 5

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.distributed import HashStore
 
-from netslim.train.watch import Watch
+from netslim.train.ranks.watch import Watch
 
 
 class SlowStore:
@@ -30,7 +30,7 @@ class SlowStore:
 def test_a_process_leaves_after_its_last_beat_and_with_no_thread_in_the_store() -> None:
     slow = SlowStore()
     watch = Watch(slow, 0, lambda member: [member], timeout=60, state=lambda: (0, "the start"))
-    assert slow.thread_writes.wait(5)
+    assert slow.thread_writes.wait(60)
     watch.leave()
     assert "netslim-watch" not in {thread.name for thread in threading.enumerate()}
     time.sleep(0.3)

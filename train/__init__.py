@@ -1,13 +1,12 @@
 """Sparsity training and fine-tuning over any number of ranks."""
 
-from netslim.train.checkpoint import Snapshot, Store
 from netslim.train.evaluate import Evaluation, evaluate
 from netslim.train.loop import fit
 from netslim.train.models import ModelConfig, build_model, check_model, model_names
 from netslim.train.optim import FitConfig, learning_rate, make_optimizer, travel
-from netslim.train.progress import CheckpointConfig, Preempted, Saver
+from netslim.train.ranks import EngineConfig, LostRankError, Runtime, check_devices, num_gpus, weights_digest
 from netslim.train.record import Record, RecordConfig
-from netslim.train.runtime import EngineConfig, LostRankError, Runtime, check_devices, num_gpus, weights_digest
+from netslim.train.saved import CheckpointConfig, Preempted, Saver, Snapshot, Store
 from netslim.train.sparsity import GammaPenalty, SparsityConfig, describe_pull, gamma_summary, soft_threshold_
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from netslim.train.runtime import Runtime
+from netslim.train.ranks import Runtime
 
 
 @dataclass(frozen=True)

@@ -1,68 +1,21 @@
 """The only training loop: sparsity training and fine-tuning are the same function with and without a penalty."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from netslim.train.evaluate import evaluate
-from netslim.train.masters import Fragment
+from netslim.train.given import Batch, Slimming, TestBatches, TrainBatches
 from netslim.train.meters import Waits, forget_peak_memory, peak_memory
-from netslim.train.optim import FitConfig, learning_rate, make_optimizer, travel
-from netslim.train.pace import Leg
-from netslim.train.progress import Progress, Saver
-from netslim.train.record import Record
-from netslim.train.runtime import Runtime
-from netslim.train.sparsity import BetaFade, GammaPenalty, SparsityConfig, describe_pull, gamma_summary
-from netslim.train.statistics import freeze, synchronise
-
-Batch = tuple[Tensor, Tensor]
-
-
-class TrainBatches(Protocol):
-    """This rank's training images: ``len`` micro-batches an epoch, in an order that is a function of the epoch."""
-
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]: ...
-    def __len__(self) -> int: ...
-
-
-class TestBatches(Protocol):
-    """This rank's share of the test images, each once."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-
-class Slimming(Protocol):
-    """What makes a network smaller while it trains; every rank calls every method alike."""
-
-    @property
-    def state(self) -> str | None:
-        """Which channels are gone, and since when, as JSON; None: none."""
-
-    @property
-    def num_gone(self) -> int:
-        """Channels that were removed."""
-
-    def is_due(self, step: int, steps_per_epoch: int) -> bool:
-        """Whether it is time after so many steps of the training."""
-
-    def shrink(
-        self, model: nn.Module, momenta: Mapping[str, Tensor], step: int
-    ) -> tuple[nn.Module, dict[str, Tensor]] | None:
-        """Make the smaller network, with the momentum of what stays, after this step; None where nothing can go."""
-
-    def restore(self, state: str) -> nn.Module:
-        """Make a network, of any weights, in the shapes that a checkpoint's ``state`` says."""
-
-    def gammas(self) -> list[nn.Parameter]:
-        """Those of the present network that are penalised."""
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """What an epoch's metrics say of the present network, and of all up to this step."""
+from netslim.train.optim import FitConfig, learning_rate, travel
+from netslim.train.prepared import Prepared
+from netslim.train.ranks import Runtime, freeze
+from netslim.train.record import Leg, Record
+from netslim.train.saved import Progress, Saver
+from netslim.train.sparsity import SparsityConfig, describe_pull, gamma_summary
 
 
 def fit(
@@ -108,8 +61,8 @@ def fit(
     return progress.metrics[-1]
 
 
-class Training:
-    """What one `fit` trains: the model, its engine, its penalty; the model may be exchanged for a smaller one."""
+class Training(Prepared):
+    """What one `fit` does with a model: steps, and the end of each epoch."""
 
     def __init__(
         self,
@@ -123,97 +76,15 @@ class Training:
         slimming: Slimming | None = None,
     ) -> None:
         run.reseed()  # so that a stage does not depend on whether those before it ran in the same process
-        self.train, self.config, self.run, self.record = train, config, run, record
-        self.sparsity, self.slimming = sparsity, slimming
+        self.train, self.record = train, record
         self.steps_per_epoch = len(train) // run.config.accumulation
         self.changing: list[Tensor] = []
         """Statistics and sums, which a step changes even if it is left out; empty where none may be."""
         self.before_step: list[Tensor] = []
-        self.take(model, gammas)
+        super().__init__(model, config, run, gammas, sparsity, slimming)
         if sparsity is not None:
             line, is_warning = describe_pull(gammas, sparsity.weight, travel(config, self.steps_per_epoch))
             record.say(line, warning=is_warning)
-
-    def take(self, model: nn.Module, gammas: Sequence[nn.Parameter]) -> None:
-        """Give the model to the engine, with an optimizer and the penalty on its gammas."""
-        run = self.run
-        model.to(run.device, memory_format=run.memory_format)  # type: ignore[call-overload]
-        self.model, self.gammas = model, list(gammas) if self.sparsity is not None else []
-        self.trained = run.trainee(model)
-        self.restore_layers = synchronise(self.trained) if run.config.batch_norm == "sync" else lambda: None
-        self.optimizer = make_optimizer(self.trained, self.config)
-        supervised = Supervised(self.trained, self.config.label_smoothing, run.autocast)
-        self.wrapped, self.stepper = run.prepare(supervised, self.optimizer, self.config.clip)
-        self.masters = run.masters(self.trained, self.wrapped, self.optimizer)
-        self.refusals = run.refusals(self.wrapped, self.optimizer)
-        if self.sparsity is not None:
-            penalty = GammaPenalty(gammas, self.sparsity.weight, self.sparsity.method)
-            names = _names_of(gammas, model)
-            penalty.attach(self.optimizer, self.masters.fragments_of(names))
-            if self.slimming is not None:
-                BetaFade(self.sparsity.weight).attach(self.optimizer, self.betas(names))
-        self.forward: Callable[..., tuple[Tensor, Tensor]] = self.wrapped
-        if run.config.compile:
-            torch.compiler.reset()  # or the networks before this one would count towards torch's limit of compilations
-            self.forward = torch.compile(self.wrapped, dynamic=False)
-
-    def betas(self, gammas: Sequence[str]) -> list[tuple[Fragment, Tensor]]:
-        """What this rank steps of the betas beside these gammas, each with the gamma that the forward pass reads."""
-        live = dict(self.trained.named_parameters())
-        found: list[tuple[Fragment, Tensor]] = []
-        for name in gammas:
-            beta = f"{name.removesuffix('weight')}bias"
-            fragment = self.masters.fragment_of(beta) if beta in self.masters.shapes else None
-            if fragment is not None:
-                found.append((fragment, live[name]))
-        return found
-
-    def exchange(self, model: nn.Module, gammas: Sequence[nn.Parameter], momenta: Mapping[str, Tensor]) -> None:
-        """Go on with another model, whose parameters have these momenta; the draws of dropout go on too."""
-        draws = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.run.device.type == "cuda" else [])]
-        self.restore_layers()
-        self.run.release()
-        self.take(model, gammas)
-        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        self.masters.restore(weights, momenta)
-        torch.set_rng_state(draws[0])
-        if draws[1:]:
-            torch.cuda.set_rng_state(draws[1])
-
-    def slim(self, progress: Progress) -> bool:
-        """Where it is time, remove the channels that have come to zero; the schedule and the data go on.
-
-        Returns whether any went.
-        """
-        slimming, step = self.slimming, self.step_number(progress)
-        if slimming is None or step == self.config.epochs * self.steps_per_epoch:
-            return False
-        if not slimming.is_due(step, self.steps_per_epoch):
-            return False
-        if progress.step:  # else the epoch's end has seen to it
-            self.confirm(progress)
-            self.bring_together()
-        smaller = slimming.shrink(self.model, self.masters.momenta(), step)
-        if smaller is None:
-            return False
-        model, momenta = smaller
-        self.exchange(model, slimming.gammas(), momenta)
-        epochs = step / self.steps_per_epoch
-        self.record.say(f"{slimming.num_gone} channels are gone for good, after {epochs:.4g} epochs")
-        return True
-
-    def slimmed_model(self, state: str | None) -> nn.Module | None:
-        """The network in the shapes of a checkpoint, if those are smaller; no other rank is asked."""
-        if state is None:
-            return None
-        assert self.slimming is not None, "check_values asks"
-        return self.slimming.restore(state)
-
-    def resume_slimmed(self, model: nn.Module) -> None:
-        """Take what `slimmed_model` gave; its weights and momenta are yet to be read."""
-        assert self.slimming is not None, "it gave the model"
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-        self.exchange(model, self.slimming.gammas(), zeros)
 
     def train_epoch(self, progress: Progress, saver: Saver) -> None:
         """Take the steps of the epoch that are left."""
@@ -302,6 +173,28 @@ class Training:
         allowed = f"{progress.skipped} of {self.config.skip_nonfinite} allowed"
         self.record.say(f"{where}; every rank leaves the step out ({allowed})", warning=True)
 
+    def slim(self, progress: Progress) -> bool:
+        """Where it is time, remove the channels that have come to zero; the schedule and the data go on.
+
+        Returns whether any went.
+        """
+        slimming, step = self.slimming, self.step_number(progress)
+        if slimming is None or step == self.config.epochs * self.steps_per_epoch:
+            return False
+        if not slimming.is_due(step, self.steps_per_epoch):
+            return False
+        if progress.step:  # else the epoch's end has seen to it
+            self.confirm(progress)
+            self.bring_together()
+        smaller = slimming.shrink(self.model, self.masters.momenta(), step)
+        if smaller is None:
+            return False
+        model, momenta = smaller
+        self.exchange(model, slimming.gammas(), momenta)
+        epochs = step / self.steps_per_epoch
+        self.record.say(f"{slimming.num_gone} channels are gone for good, after {epochs:.4g} epochs")
+        return True
+
     def finish_epoch(self, progress: Progress, evaluate_on: TestBatches) -> None:
         """Add up the ranks' sums, evaluate, and note the epoch's metrics."""
         run = self.run
@@ -344,55 +237,12 @@ class Training:
         found = gamma_summary([*self.gammas, gone])
         return found if self.slimming is None else {**found, **self.slimming.metrics(step)}
 
-    def bring_together(self) -> None:
-        """Give the model what all ranks have trained, statistics of all their images with it."""
-        self.run.reconcile_statistics(self.trained)
-        self.bring_back()
-
-    def bring_back(self) -> None:
-        """Give the model the weights and statistics of the copy that ZeRO trains."""
-        if self.trained is not self.model:
-            self.model.load_state_dict({**self.masters.weights(), **dict(self.trained.named_buffers())}, strict=False)
-
     def step_number(self, progress: Progress) -> int:
         """Optimizer steps that were done since the beginning."""
         return progress.epoch * self.steps_per_epoch + progress.step
 
     def learning_rate(self, progress: Progress) -> float:
         return learning_rate(self.step_number(progress), steps_per_epoch=self.steps_per_epoch, config=self.config)
-
-
-class Supervised(nn.Module):
-    """The model with its loss: what the engine wraps, so that the model itself is never patched.
-
-    ``forward`` takes images (n, 3, height, width) and labels (n,) and returns the mean loss and the logits.
-    """
-
-    def __init__(
-        self, model: nn.Module, label_smoothing: float, autocast: Callable[[], AbstractContextManager[None]]
-    ) -> None:
-        super().__init__()
-        self.model, self.label_smoothing, self.autocast = model, label_smoothing, autocast
-
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with self.autocast():
-            return self._loss_and_logits(images, labels)
-
-    def _loss_and_logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model(images)
-        if isinstance(outputs, Tensor):
-            logits, auxiliary = outputs, []
-        else:  # a network with auxiliary classifiers returns (logits, auxiliary, ...) while training
-            logits, *auxiliary = [output for output in outputs if output is not None]
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        for output in auxiliary:  # weight 0.3: Szegedy et al. 2015, section 5, arXiv 1409.4842
-            loss = loss + 0.3 * F.cross_entropy(output, labels, label_smoothing=self.label_smoothing)
-        return loss, logits
-
-
-def _names_of(parameters: Sequence[nn.Parameter], model: nn.Module) -> list[str]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for parameter in parameters if parameter.requires_grad]
 
 
 def _best(losses: dict[str, float], earlier: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from netslim.train.masters import Fragment, whole
+from netslim.train.ranks import Fragment, whole
 
 _INTERVAL = 5
 

@@ -14,8 +14,8 @@ import torch
 from results import Cell, Results, new_parser, seconds, take_turns
 from torch import Tensor
 
-from netslim.launch.cluster import keep_freed_memory
 from netslim.launch.presets import find_preset
+from netslim.launch.run.processes import keep_freed_memory
 from netslim.train import (
     CheckpointConfig,
     EngineConfig,

@@ -42,7 +42,7 @@ except ModuleNotFoundError:  # a checkout that is not installed: links, as `make
     sys.path.insert(0, _links.name)
 
 from netslim.data import DataConfig, DataInfo, Loaders, Shard, open_calibration, open_loaders, prepare
-from netslim.launch.inflight import InFlight
+from netslim.launch.run.inflight import InFlight
 from netslim.prune import Calibration, Chunk, Rules, chunk_size, cost, map_channels, open_gammas, repair, slim
 from netslim.train import (
     EngineConfig,

@@ -25,7 +25,7 @@ from workers import Workers
 from netslim.data import DataConfig, DataInfo, Shard, open_loaders, prepare
 from netslim.train import FitConfig, ModelConfig, Record, Runtime, Saver, SparsityConfig, build_model
 from netslim.train.loop import Training
-from netslim.train.progress import Progress
+from netslim.train.saved.progress import Progress
 
 BATCH = 64
 NETWORK = ModelConfig(name="vgg19", width=0.25)

@@ -13,11 +13,11 @@ from results import Cell, Results, new_parser, seconds, take_turns
 from torch import multiprocessing, nn
 from torch.nn import functional as F
 
-from netslim.launch.cluster import keep_freed_memory
+from netslim.launch.run.processes import keep_freed_memory
 from netslim.prune import Calibration, Chunk, Rules, cut, map_channels, plan_network, score_channels
-from netslim.prune.absorb import absorb
-from netslim.prune.recalibrate import recalibrate
-from netslim.prune.reconstruct import reconstruct
+from netslim.prune.repair.absorption import absorb
+from netslim.prune.repair.recalibration import recalibrate
+from netslim.prune.repair.reconstruction import reconstruct
 from netslim.train import ModelConfig, build_model
 
 CHUNK, BATCH, EPOCH, TIMED = 64, 128, 50_000, 20

@@ -20,7 +20,7 @@ from workers import Workers
 
 from netslim.train import FitConfig, ModelConfig, Record, Runtime, Saver, SparsityConfig, build_model
 from netslim.train.loop import Training
-from netslim.train.progress import Progress
+from netslim.train.saved.progress import Progress
 
 ABOUT = """Training steps of netslim (DDP through Accelerate, gloo, the gamma penalty by its subgradient, random images
 in memory, 32x32, float32) in processes with a core of their own and one thread. All ways to run take turns, and figures

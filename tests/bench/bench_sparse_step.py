@@ -11,7 +11,7 @@ import torch
 from results import Cell, Results, medians, new_parser, seconds, take_turns
 from torch.nn import functional as F
 
-from netslim.launch.cluster import keep_freed_memory
+from netslim.launch.run.processes import keep_freed_memory
 from netslim.train import FitConfig, GammaPenalty, ModelConfig, build_model, make_optimizer
 
 NETWORKS = ("vgg19", "preresnet164", "densenet40")

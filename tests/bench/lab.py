@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from netslim.launch.artefacts import read_json
+from netslim.launch.run.directory import read_json
 
 PRESET = "lab-vgg19-cifar10"
 PAGE = Path(__file__).parents[2] / "docs" / "lab.md"

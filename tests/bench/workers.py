@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import multiprocessing
 
-from netslim.launch.cluster import keep_freed_memory
+from netslim.launch.run.processes import keep_freed_memory
 from netslim.train import EngineConfig, Runtime
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from netslim.base import said, split_function
+
 
 def is_own(name: str) -> bool:
     """Whether a model's name is a user's function, as in ``mypkg.nets:build``, and not a network of ours."""
@@ -24,18 +26,17 @@ def build_own(name: str, num_classes: int) -> nn.Module:
     try:
         model = function(num_classes=num_classes)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise ValueError(f"model {name}(num_classes={num_classes}) raised {_said(error)}") from error
+        raise ValueError(f"model {name}(num_classes={num_classes}) raised {said(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name} returned {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def _find(name: str) -> Callable[..., object]:
-    path, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in (*path.split("."), attribute)):
-        raise ValueError(f"model {name!r} names no function; write module:function, as in mypkg.nets:build")
-    if path.partition(".")[0] in sys.stdlib_module_names:
-        raise ValueError(f"model {name}: {path} is a module of Python's own; give yours another name")
+    try:
+        path, attribute = split_function(name)
+    except ValueError as error:
+        raise ValueError(f"model {error}") from None
     directory = os.getcwd()
     if directory not in sys.path:  # `python -m` has it there, console scripts have not
         sys.path.insert(0, directory)
@@ -44,7 +45,7 @@ def _find(name: str) -> Callable[..., object]:
     except (Exception, SystemExit) as error:  # importing runs the user's code
         if isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}."):
             raise ValueError(f"model {name}: no module {error.name!r} in {directory} or installed") from error
-        raise ValueError(f"model {name}: importing {path} raised {_said(error)}") from error
+        raise ValueError(f"model {name}: importing {path} raised {said(error)}") from error
     function: object = getattr(module, attribute, None)
     if function is None:
         raise ValueError(f"model {name}: there is no {attribute!r} in {module.__file__}")
@@ -58,7 +59,3 @@ def _check_signature(name: str, function: Callable[..., object]) -> None:
         inspect.signature(function).bind(num_classes=10)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model {name} is called with num_classes=... alone, and cannot be: {error}") from error
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,42 @@
+"""What can be slimmed in a network, before any training: the channel map of a preset, or of a run, and the pull."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from netslim.data import open_source
+from netslim.launch.config import RunConfig
+from netslim.prune import map_channels, open_gammas
+from netslim.train import build_model, describe_pull, travel
+
+
+def describe(config: RunConfig, *, is_trained: bool = False) -> str:
+    """Describe the channels of the configuration's network: who shares them, which can go, and why others stay.
+
+    Before sparsity training also whether that can bring the gammas to zero, if the images are at hand. It needs no
+    process group. The network is built for 10 classes: the outputs of the last layer stay in any case, so their number
+    changes nothing in the map.
+    """
+    size, coupling = config.data.size, config.prune.coupling
+    model = build_model(config.model, num_classes=10, seed=config.seed)
+    channels = map_channels(model, torch.zeros(1, 3, size, size), coupling)
+    lines = [f"{config.model.name} on images of {size}x{size}", channels.table()]
+    if coupling == "select":
+        lines.append(channels.count(coupling))
+    if not is_trained:
+        lines += ["", _predict_pull(config, open_gammas(model, channels, config.prune.rules))]
+    return "\n".join(lines)
+
+
+def _predict_pull(config: RunConfig, gammas: Sequence[Tensor]) -> str:
+    """Whether the schedule can bring the gammas to zero, where the images are at hand: their number sets the steps."""
+    try:
+        num_images = len(open_source(replace(config.data, download=False)).train)
+    except (ValueError, OSError) as error:
+        return f"whether lambda can bring the gammas to zero depends on the number of training images: {error}"
+    line, is_warning = describe_pull(
+        gammas, config.sparsity.weight, travel(config.sparsify, num_images // config.data.batch_size)
+    )
+    return f"{'warning: ' * is_warning}{line}"

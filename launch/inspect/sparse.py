@@ -1,0 +1,202 @@
+"""What a sparse model can bear: its gammas, layer by layer, and what each ratio costs, cut and repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from netslim.data import Shard, open_loaders
+from netslim.launch.run import SPARSE, Job, write_json
+from netslim.launch.tables import aligned
+from netslim.prune import (
+    Calibration,
+    ChannelMap,
+    Coupling,
+    RepairConfig,
+    Rules,
+    cost,
+    cut,
+    map_channels,
+    open_gammas,
+    plan_network,
+    repair,
+    score_channels,
+)
+from netslim.train import describe_pull, evaluate, travel
+
+INSPECTION, PICTURE = "inspect.json", "inspect.png"
+"""In a run's directory."""
+BINS = 16
+"""Of a histogram of |gamma|, from 0 to the largest of the network."""
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def describe_gammas(
+    model: nn.Module, channels: ChannelMap, ratio: float, coupling: Coupling
+) -> tuple[list[dict[str, Any]], float]:
+    """Describe |gamma| of every BatchNorm with a removable one, a row of figures and a histogram; and the threshold.
+
+    ``below_threshold`` is the share that falls below the threshold of the ratio, before any rule holds some; 1 is a
+    layer that the threshold would empty.
+    """
+    found = {name: gamma.detach().abs().float().cpu() for name, gamma in channels.named_gammas(model, coupling).items()}
+    every = torch.cat(list(found.values())).sort().values
+    threshold = every[max(0, int(ratio * len(every)) - 1)]
+    top = float(every[-1]) or 1.0
+    rows = [
+        {
+            "layer": name,
+            "channels": len(gamma),
+            "median": float(gamma.median()),
+            "largest": float(gamma.max()),
+            "below_1e-2": float((gamma < 1e-2).float().mean()),
+            "below_1e-3": float((gamma < 1e-3).float().mean()),
+            "below_threshold": float((gamma <= threshold).float().mean()),
+            "histogram": np.histogram(gamma, bins=BINS, range=(0, top))[0].tolist(),
+        }
+        for name, gamma in found.items()
+    ]
+    return rows, float(threshold)
+
+
+def try_ratio(
+    model: nn.Module,
+    channels: ChannelMap,
+    scores: Mapping[str, torch.Tensor],
+    ratio: float,
+    rules: Rules,
+    config: RepairConfig,
+    calibration: Calibration,
+    accuracy: Callable[[nn.Module], float],
+) -> dict[str, Any]:
+    """Cut and repair a copy of the model; gives accuracies and costs, or why the ratio is refused."""
+    example = calibration.example
+    try:
+        plan = plan_network(model, channels, example[:1], ratio, rules, scores)
+        small = cut(model, plan)
+        repaired, report = repair(model, small, plan, calibration, config)
+    except ValueError as error:
+        return {"ratio": ratio, "refused": str(error)}
+    price = cost(small, example[:1])
+    return {
+        "ratio": ratio,
+        "cut": accuracy(small),
+        "repaired": accuracy(repaired),
+        "steps": list(report.kept),
+        "params": price.params,
+        "macs": price.macs,
+    }
+
+
+def inspect_sparse(job: Job) -> None:
+    """Cut and repair the sparse model at many ratios, each in one of the processes; rank 0 writes what they found."""
+    config, run = job.config, job.run
+    sparse = job.read(SPARSE)
+    channels = map_channels(sparse, job.blank_image, config.prune.coupling)
+
+    def try_own() -> list[dict[str, Any]]:
+        alone = Shard(0, 1)
+        calibration = job.calibrate(alone)
+        test = open_loaders(config.data, job.loaders.info, alone, seed=config.seed, device=run.device).test
+        scores = score_channels(sparse, channels, config.prune.rules, calibration)
+        own = config.inspect.ratios[run.rank :: run.world_size]
+        return [
+            try_ratio(
+                sparse,
+                channels,
+                scores,
+                ratio,
+                config.prune.rules,
+                config.repair,
+                calibration,
+                lambda network: evaluate(network, test, run, alone=True).accuracy,
+            )
+            for ratio in own
+        ]
+
+    own = run.on_all(try_own)
+    accuracy = evaluate(sparse, job.loaders.test, run).accuracy
+    everyone = run.gather(own)
+
+    def write() -> None:
+        ratio = max(config.prune.ratio)
+        price = cost(sparse, job.blank_image)
+        first = open_gammas(job.build(), channels, config.prune.rules)
+        pull, _ = describe_pull(
+            first, config.sparsity.weight, travel(config.sparsify, job.loaders.train.steps_per_epoch)
+        )
+        layers, threshold = describe_gammas(sparse, channels, ratio, config.prune.coupling)
+        found = {
+            "accuracy": accuracy,
+            "params": price.params,
+            "macs": price.macs,
+            "pull": pull,
+            "ratio": ratio,
+            "layers": layers,
+            "threshold": threshold,
+            "ratios": sorted((row for rows in everyone or [] for row in rows), key=lambda row: float(row["ratio"])),
+        }
+        write_json(job.directory / INSPECTION, found)
+
+    run.on_main(write)
+
+
+def largest_ratio(found: dict[str, Any], loss: float) -> float | None:
+    """The largest ratio that, repaired, loses no more than ``loss`` of the sparse model's accuracy; None if none."""
+    borne = [row["ratio"] for row in found["ratios"] if row.get("repaired", -1.0) >= found["accuracy"] - loss]
+    return max(borne, default=None)
+
+
+def format_inspection(found: dict[str, Any], loss: float) -> str:
+    """What ``inspect`` found, as text: gammas by layer, the pull, accuracy by ratio."""
+    lines = [_gamma_table(found["layers"]), "", found["pull"], ""]
+    emptied = [row["layer"] for row in found["layers"] if row["below_threshold"] == 1]
+    if emptied:
+        lines += [f"the threshold of ratio {found['ratio']:g} would empty {', '.join(emptied)}; floors hold them", ""]
+    return "\n".join([*lines, _ratio_table(found, largest_ratio(found, loss), loss)])
+
+
+def _gamma_table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ["layer", "channels", "median", "largest", "< 1e-2", "< 1e-3", "below threshold", "|gamma|"]
+    return aligned(
+        [
+            head,
+            *(
+                [
+                    row["layer"],
+                    str(row["channels"]),
+                    f"{row['median']:.3g}",
+                    f"{row['largest']:.3g}",
+                    *(f"{row[key]:.0%}" for key in ("below_1e-2", "below_1e-3", "below_threshold")),
+                    _sparkline(row["histogram"]),
+                ]
+                for row in rows
+            ),
+        ]
+    )
+
+
+def _sparkline(counts: Sequence[int]) -> str:
+    most = max(counts) or 1
+    return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
+
+
+def _ratio_table(found: dict[str, Any], best: float | None, loss: float) -> str:
+    lines = [["ratio", "cut", "repaired", "params", "macs", ""]]
+    lines.append(
+        ["0", f"{found['accuracy']:.2%}", "", f"{found['params']:,}", f"{found['macs']:,}", "the sparse model"]
+    )
+    refused = []
+    for row in found["ratios"]:
+        if "refused" in row:
+            refused.append(f"ratio {row['ratio']:g}: {row['refused']}")
+            continue
+        mark = f"<- the largest that loses at most {loss:.2%}" if row["ratio"] == best else ""
+        figures = [f"{row['cut']:.2%}", f"{row['repaired']:.2%}", f"{row['params']:,}", f"{row['macs']:,}"]
+        lines.append([f"{row['ratio']:g}", *figures, mark])
+    none = [] if best is not None else [f"no ratio loses at most {loss:.2%}"]
+    return "\n".join([aligned(lines), *refused, *none])

@@ -1,0 +1,123 @@
+"""The stages, each only in what is its own: what earlier ones left in, a network with its plan and figures out."""
+
+import time
+from dataclasses import replace
+
+from netslim.launch.run.inflight import InFlight
+from netslim.launch.run.job import Job
+from netslim.launch.run.runner import Made, Training
+from netslim.launch.run.stage import Kind, Pass, Stage
+from netslim.launch.run.summary import channel_rows, picture_cut
+from netslim.prune import Origin, Plan, cut, map_channels, open_gammas, plan_network, prove, repair
+from netslim.train import ModelConfig
+from netslim.train.models import build_network, initialise, is_own
+
+
+def sparsify(job: Job, stage: Stage) -> Made:
+    """Train with the L1 penalty on the scales of the channels that can be removed; of what the pass before left."""
+    config, rules = job.config, job.config.prune.rules
+    dense = job.build()
+    channels = map_channels(dense, job.blank_image, rules.coupling)
+    model, plan = dense, None
+    for source in stage.sources(config):
+        model, plan = job.read(source), job.read_plan(source)
+    gammas = open_gammas(dense, channels, rules, model)
+    slimming = None
+    if config.sparsity.interval(job.run.engine):
+        example = job.run.on_main(lambda: job.test_images(2).cpu()).to(job.run.device)
+        most = _most_in_flight(job, stage)
+        slimming = InFlight(dense, model, plan, channels, rules, config.sparsity, job.run, example, most)
+    says = channels.summary(rules.coupling)
+    training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says)
+    return Made(model=model, plan=plan, training=training)
+
+
+def _most_in_flight(job: Job, stage: Stage) -> float:
+    """The share of the channels that may go during sparsity training: what a ratio would leave must not go before."""
+    if job.config.prune.rules.target != "channels":
+        return 1.0  # a ratio of parameters or MACs says nothing of channels
+    turn = stage.turn
+    every = [turn] if turn.number > 1 else [Pass(ratio, 1, turn.count) for ratio in job.config.prune.ratio]
+    return min(each.share for each in every)
+
+
+def prune(job: Job, stage: Stage) -> Made:
+    """Rank 0 ranks all scales against one threshold and makes the plan; every rank cuts the same channels."""
+    config, run, ratio = job.config, job.run, stage.ratio
+    (source,) = stage.sources(config)
+    sparse = job.read_sparse(source)
+    channels = map_channels(sparse, job.blank_image, config.prune.coupling)
+    scores = job.scores(source, sparse, channels)
+
+    def decide() -> tuple[str, float]:
+        images = job.test_images(16)
+        plan = plan_network(sparse, channels, images[:1], ratio, config.prune.rules, scores)
+        plan = replace(plan, origin=_origin(config.model, len(job.loaders.info.classes)))
+        return plan.to_json(), prove(sparse, cut(sparse, plan), plan, images)
+
+    text, difference = run.on_main(decide)
+    plan = Plan.from_json(text)
+    small = cut(sparse, plan)
+    run.check_same(plan.digest, f"at ratio {ratio}: the kept channels")
+    run.check_equal(small, f"after the cut at ratio {ratio}")
+    rows, gammas = channel_rows(plan), channels.named_gammas(sparse, config.prune.coupling)
+    return Made(
+        model=small,
+        plan=plan,
+        metrics={
+            "threshold": plan.threshold,
+            "num_channels": plan.num_channels,
+            "num_removed": plan.num_removed,
+            "rules": str(plan.rules),
+            "spared_by_floors": dict(plan.spared),
+            "restored_by_rounding": sum(layer.restored for layer in plan.layers),
+            "difference_from_masked": difference,
+            "plan_digest": plan.digest,
+        },
+        says=lambda accuracy: (
+            f"{plan.num_removed} of {plan.num_channels} channels removed ({plan.rules or 'no rules'}), "
+            f"accuracy {accuracy:.4f}, cut and masked network differ by {difference:.1e}"
+        ),
+        tables={"channels": rows},
+        pictures=picture_cut(rows, list(gammas.values()), plan),
+    )
+
+
+def restore(job: Job, stage: Stage) -> Made:
+    """Repair the cut network by the training images, which all ranks share, without a training step."""
+    started = time.perf_counter()
+    before, cut_off = stage.sources(job.config)
+    sparse, small, plan = job.read_sparse(before), job.read(cut_off), job.read_plan(cut_off)
+    repaired, outcome = repair(sparse, small, plan, job.calibration, job.config.repair)
+    job.run.check_equal(repaired, f"after the repair at ratio {stage.ratio}")
+    seconds = time.perf_counter() - started
+    return Made(
+        model=repaired,
+        plan=plan,
+        metrics={
+            "loss_cut": outcome.loss_cut,
+            "loss_repaired": outcome.loss,
+            "steps": list(outcome.kept),
+            "num_images": job.calibration.num_images,
+            "repair_seconds": seconds,
+            "plan_digest": plan.digest,
+        },
+        says=lambda accuracy: f"{outcome}, in {seconds:.1f} s, accuracy {accuracy:.4f}",
+    )
+
+
+def finetune(job: Job, stage: Stage) -> Made:
+    """Train the small network without the penalty, from one of the starts."""
+    (source,) = stage.sources(job.config)
+    small, plan = job.read(source), job.read_plan(source)
+    if stage.kind is Kind.SCRATCH:
+        initialise(small, job.config.model, job.config.seed)
+    return Made(model=small, plan=plan, training=Training(config=job.config.finetune))
+
+
+def _origin(config: ModelConfig, num_classes: int) -> Origin:
+    """What the plan says about how to build the network again."""
+    if is_own(config.name):
+        return Origin(function=config.name, num_classes=num_classes)
+    function = f"{build_network.__module__}:{build_network.__name__}"
+    return Origin(function=function, name=config.name, width=config.width, num_classes=num_classes)

@@ -1,0 +1,127 @@
+"""How a run starts: here or in several processes, which join one group, open the images once and do its work."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_loaders, prepare
+from netslim.launch.config import RunConfig, run_directory
+from netslim.launch.presets import list_presets, read_preset
+from netslim.launch.run.directory import PREEMPTED_MARK, claim, occupied
+from netslim.launch.run.job import Job
+from netslim.launch.run.processes import count_processes, end_with_launcher, keep_freed_memory, launch
+from netslim.train import Preempted, Runtime, num_gpus
+
+Work = Callable[[Job], None]
+"""What all ranks of a run do together."""
+
+
+def start(
+    module: str,
+    preset: str,
+    flags: Sequence[str],
+    config: RunConfig,
+    work: Work,
+    at_work: Callable[[], str],
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Do the work in this process, or in as many as the configuration says; returns the exit code.
+
+    Each of several runs ``python -m module preset flags``, whose entry is `enter`, in this ``environment``, and has to
+    come to the same work. ``at_work`` says for a message what they are at.
+    """
+    num_processes = count_processes(config)
+    if num_processes == 1 and not (config.engine.zero or config.max_restarts):
+        work_each(preset, [(config, work)])
+        return 0
+    os.environ |= environment or {}
+    return launch(
+        module,
+        [preset, *flags],
+        num_processes=num_processes,
+        zero=config.engine.zero,
+        precision=config.engine.precision,
+        max_restarts=config.max_restarts,
+        stage=at_work,
+        was_preempted=(run_directory(preset, config) / PREEMPTED_MARK).is_file,
+    )
+
+
+def enter(module: str, about: str, work: Work) -> None:
+    """What a process that runs ``python -m module PRESET [flags]`` does, under any launcher or none."""
+    preset, *flags = sys.argv[1:] or ["--help"]
+    if preset in ("-h", "--help"):
+        print(f"{about}\n{list_presets()}")
+        return
+    config = read_preset(module, preset, flags)
+    end_with_launcher()
+    work_each(preset, [(config, work)])
+
+
+def work_each(preset: str, runs: Sequence[tuple[RunConfig, Work]]) -> None:
+    """Several runs one after the other, each with its work, in one process group and on images opened once.
+
+    They differ in what is trained and cut alone: images, engine and seed are the first one's. Every rank calls this.
+    """
+    first, _ = runs[0]
+    if first.cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "1"
+    if not num_gpus():
+        keep_freed_memory()
+    info = _prepare_once_per_node(first)
+    run = Runtime(first.engine, first.seed)
+    loaders: Loaders | None = None
+    try:
+        with run.watching():
+            for number, (config, work) in enumerate(runs, 1):
+                if run.is_main and len(runs) > 1:
+                    print(f"{run_directory(preset, config).name}, {number} of {len(runs)}", flush=True)
+                loaders = _work_one(preset, config, work, info, run, loaders)
+    finally:
+        run.close()
+
+
+def _work_one(
+    preset: str, config: RunConfig, work: Work, info: DataInfo, run: Runtime, loaders: Loaders | None
+) -> Loaders:
+    """Work in a directory that no other run is using; returns the loaders, for the next."""
+    try:
+        with ExitStack() as held:
+            job = open_job(preset, config, info, run, loaders)
+            run.on_main(lambda: held.enter_context(occupied(job.directory)))
+            work(job)
+    except Preempted:
+        if run.is_main:
+            (run_directory(preset, config) / PREEMPTED_MARK).touch()
+        raise
+    return job.loaders
+
+
+def open_job(preset: str, config: RunConfig, info: DataInfo, run: Runtime, loaders: Loaders | None = None) -> Job:
+    """Claim the run's directory and open this rank's share of the images, where no run before has opened it."""
+    check_batch_size(config.data.batch_size, run.world_size, config.engine.accumulation)  # before anything is written
+    directory = run_directory(preset, config)
+    run.on_main(lambda: claim(directory, preset, config))
+    loaders = loaders or open_loaders(
+        config.data,
+        info,
+        Shard(run.rank, run.world_size),
+        seed=config.seed,
+        accumulation=config.engine.accumulation,
+        device=run.device,
+    )
+    return Job(preset, config, run, loaders, directory)
+
+
+def _prepare_once_per_node(config: RunConfig) -> DataInfo:
+    """Write and verify the images in one process of each node, while the others wait for it.
+
+    Before the process group is joined: writing a large data set takes longer than ranks wait for each other.
+    """
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return prepare(config.data, quiet=not is_first, check=is_first)
+    except (ValueError, OSError) as error:
+        error.is_echo = not is_first  # type: ignore[union-attr]  # the first process of the node reports it
+        raise

@@ -1,0 +1,24 @@
+"""A channel map, scores and rules in; a `Plan` out, which says what stays of every layer, a value that is JSON.
+
+Choosing is pure: it sees no model, device, file or rank. What goes or stays as a whole, and the room that each layer
+leaves, is decided here alone. A plan may carry an `Origin`: a value too, until somebody asks it to build a network.
+"""
+
+from netslim.prune.choose.choice import ShareGone, choose, choose_zeros, make_plan
+from netslim.prune.choose.origin import Origin
+from netslim.prune.choose.plan import Plan, Selection, Slice
+from netslim.prune.choose.rules import Rules
+from netslim.prune.choose.units import units_of
+
+__all__ = [
+    "Origin",
+    "Plan",
+    "Rules",
+    "Selection",
+    "ShareGone",
+    "Slice",
+    "choose",
+    "choose_zeros",
+    "make_plan",
+    "units_of",
+]

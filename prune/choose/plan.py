@@ -1,0 +1,213 @@
+"""The plan: which channels of every layer stay, as a value that is pure, hashable and JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections import Counter
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from netslim.base import complaint
+from netslim.prune.choose.origin import Origin
+from netslim.prune.choose.rules import Rules
+
+# strict: JSON's "3" is no 3; extra fields are a plan of another version
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_Count = Annotated[int, Field(ge=0)]
+_Width = Annotated[int, Field(ge=1)]
+_Indices = Annotated[tuple[_Count, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Kept:
+    """What stays of one BatchNorm."""
+
+    name: str
+    width: _Width
+    """Channels before the cut."""
+    kept: _Indices
+    """Sorted indices of the channels that stay."""
+    spared: _Count = 0
+    """Channels no larger than the threshold that stay all the same, because the layer's floor holds them."""
+    restored: _Count = 0
+    """Channels that stay because the layer's width is rounded up."""
+
+    def __post_init__(self) -> None:
+        _check_indices(self.name, self.kept, self.width)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Slice:
+    """What stays of the input and output features of one layer with weights; None = all."""
+
+    name: str
+    num_inputs: _Width
+    num_outputs: _Width
+    inputs: _Indices | None = None
+    outputs: _Indices | None = None
+
+    def __post_init__(self) -> None:
+        _check_indices(self.name, self.inputs or (0,), self.num_inputs)
+        _check_indices(self.name, self.outputs or (0,), self.num_outputs)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Selection:
+    """What stands around a BatchNorm that loses gammas whose channels stay; None = nothing."""
+
+    name: str
+    num_before: _Width
+    """Channels that arrive, in the cut network."""
+    num_after: _Width
+    """Channels that leave, in the cut network."""
+    before: _Indices | None = None
+    """Which of the arriving channels the BatchNorm reads."""
+    after: _Indices | None = None
+    """At which of the leaving channels its results are; zeros at the others."""
+
+    def __post_init__(self) -> None:
+        if self.before is None and self.after is None:
+            raise ValueError(f"the selection around '{self.name}' selects nothing")
+        _check_indices(self.name, self.before or (0,), self.num_before)
+        _check_indices(self.name, self.after or (0,), self.num_after)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Plan:
+    """The channels that stay, per layer, and what that means for every layer with weights.
+
+    Raises: ValueError on any contradiction, however the plan was made.
+    """
+
+    ratio: Annotated[float, Field(ge=0, lt=1)]
+    """Share of the rules' target that was asked to go."""
+    rules: Rules
+    threshold: Annotated[float, Field(ge=0)] | None
+    """Largest removed |gamma|, or score of a class of them; None where nothing is removed."""
+    num_channels: _Count
+    """Prunable gammas of the whole network."""
+    num_asked: _Count
+    """The ratio in whole gammas, rounded down."""
+    num_removed: _Count
+    """Fewer than asked where no whole class fits into the rest, or where rounding gives channels back."""
+    layers: tuple[Kept, ...]
+    """Every BatchNorm, in the order of execution."""
+    slices: tuple[Slice, ...]
+    """The layers that change: all that `cut` needs, so that no trace is needed to apply a plan."""
+    selections: tuple[Selection, ...] = ()
+    """Where channels are selected before a BatchNorm or put back after it."""
+    origin: Origin | None = None
+    """How to build the network before the cut; None where that was not said."""
+
+    def __post_init__(self) -> None:
+        named = ((self.layers, "layers"), (self.slices, "slices"), (self.selections, "selections"))
+        for values, what in named:
+            twice = [name for name, count in Counter(value.name for value in values).items() if count > 1]
+            if twice:
+                raise ValueError(f"{what} name '{twice[0]}' twice")
+        removed = sum(layer.width - len(layer.kept) for layer in self.layers)
+        if removed != self.num_removed or removed > self.num_channels:
+            raise ValueError(f"the layers lose {removed} channels, num_removed says {self.num_removed}")
+        if removed > self.num_asked:
+            raise ValueError(f"the layers lose {removed} channels, num_asked says {self.num_asked}")
+        if (self.threshold is None) != (removed == 0):
+            raise ValueError(f"a threshold of {self.threshold} does not go with {removed} removed channels")
+        slices = {part.name: part for part in self.slices}
+        for layer in self.layers:
+            part = slices.get(layer.name)
+            kept = tuple(range(layer.width)) if part is None else part.outputs
+            if kept != layer.kept or (part is not None and part.num_outputs != layer.width):
+                raise ValueError(f"layers and slices disagree about '{layer.name}'")
+        for around in self.selections:
+            for side in (around.before, around.after):
+                if side is not None and len(side) != len(self.kept.get(around.name, ())):
+                    raise ValueError(f"layers and selections disagree about '{around.name}'")
+
+    @cached_property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Sorted indices of the channels that stay, per BatchNorm."""
+        return {layer.name: layer.kept for layer in self.layers}
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Channels before the cut, per BatchNorm."""
+        return {layer.name: layer.width for layer in self.layers}
+
+    @cached_property
+    def spared(self) -> dict[str, int]:
+        """Channels that only a floor holds, per BatchNorm where there are any."""
+        return {layer.name: layer.spared for layer in self.layers if layer.spared}
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the canonical JSON: equal plans have equal digests, in every process."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        content = TypeAdapter(Plan).dump_python(self, mode="json")
+        assert isinstance(content, dict), "pydantic dumps dataclasses as dictionaries"
+        if self.origin is None:
+            del content["origin"]  # as in plans of before there were origins, whose digests stay right
+        return content
+
+    def to_json(self) -> str:
+        """Write the plan as JSON, its digest included."""
+        return json.dumps({**self._content(), "digest": self.digest}, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan and check everything in it; ValueError, in one line, on any fault."""
+        try:
+            content = json.loads(text)
+            digest = content.pop("digest") if isinstance(content, dict) else None
+            # through JSON: in strict mode Python's lists are no tuples, JSON's arrays are
+            plan = TypeAdapter(cls).validate_json(json.dumps(content))
+        except KeyError:
+            raise ValueError("not a plan: it has no digest") from None
+        except ValidationError as error:
+            raise ValueError(f"not a plan: {complaint(error)}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not a plan: {error}") from None
+        if plan.digest != digest:
+            raise ValueError("the plan was changed after it was written: its digest does not match; make it again")
+        return plan
+
+    def report(self) -> str:
+        """Describe the plan as a table: per layer the channels before and after, and those that only a rule keeps."""
+        rows: list[tuple[str, object, object, object, object]] = [
+            ("BatchNorm", "before", "after", "spared", "restored")
+        ]
+        rows += [(x.name, x.width, len(x.kept), x.spared or "", x.restored or "") for x in self.layers]
+        width = max(len(name) for name, *_ in rows)
+        lines = [f"{name:<{width}}  {a:>6} -> {b:>6}  {c:>6}  {d:>8}".rstrip() for name, a, b, c, d in rows]
+        if self.selections:
+            lines.append(f"{len(self.selections)} BatchNorms have a selection of channels before or after them")
+        if str(self.rules):
+            lines.append(f"rules: {self.rules}")
+        restored = sum(layer.restored for layer in self.layers)
+        if short := self.num_asked - self.num_removed - restored:
+            lines.append(f"{short} of {self.num_asked} stay because classes of channels go whole")
+        limit = "none" if self.threshold is None else f"{self.threshold:.6g}"
+        what = {"gamma": "|gamma|", "gamma_norm": "|gamma| x norm of its readers", "reconstruction": "share lost"}[
+            self.rules.score
+        ]
+        lines.append(
+            f"ratio {self.ratio} of {self.rules.target}: {self.num_removed} of {self.num_channels} prunable channels "
+            f"go; threshold {what} <= {limit}; floors spare {sum(self.spared.values())}, rounding restores {restored}"
+        )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.report()
+
+
+def _check_indices(name: str, kept: tuple[int, ...], width: int) -> None:
+    if any(map(operator.ge, kept, kept[1:])):
+        raise ValueError(f"the kept indices of '{name}' are not sorted")
+    if kept[-1] >= width:
+        raise ValueError(f"the kept index {kept[-1]} of '{name}' is beyond its width {width}")

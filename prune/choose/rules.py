@@ -1,0 +1,61 @@
+"""The rules of a choice: what is counted, how a channel is scored, and what every layer keeps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from netslim.prune.map import Coupling
+
+Target = Literal["channels", "params", "macs"]
+Score = Literal["gamma", "gamma_norm", "reconstruction"]
+Reduce = Literal["max", "mean", "sum"]
+
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Rules:
+    """How channels are chosen, besides the ratio. All rules hold exactly, or the ratio is refused."""
+
+    coupling: Coupling = "group"
+    """group: channels that the network couples go together; select: each scale by itself, with index selections."""
+    target: Target = "channels"
+    """What the ratio is a share of: removable BatchNorm channels, parameters, or multiply-accumulates per image."""
+    score: Score = "gamma"
+    """gamma: |gamma|; gamma_norm: |gamma| times the norm of the weights that read the channel; reconstruction: what
+    the layers that read it lose for good, once they are solved anew without it (by the images of the repair)."""
+    reduce: Reduce = "max"
+    """Score of channels that go together, from their own: under group."""
+    min_channels: Annotated[int, Field(ge=1)] = 1
+    """Channels that every layer keeps."""
+    min_share: _Share = 0.0
+    """Share of its channels that every layer keeps."""
+    max_ratio: _Share = 1.0
+    """Largest share of its channels that a layer may lose."""
+    round_to: Annotated[int, Field(ge=1)] = 1
+    """Kept channels of every cut layer are rounded up to a multiple of this, or to all; the largest come back."""
+    exclude: tuple[str, ...] = ()
+    """Layers that lose no channel: names or patterns of them (`layer4.*`), or types (`Linear`)."""
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Make rules from keywords; ValueError, in one line, for an unknown name or a value out of its range."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{name} is {first['input']!r}: {first['msg']}") from None
+
+    def __str__(self) -> str:
+        """Name the rules that differ from the defaults."""
+        usual = Rules()
+        changed = {key: value for key, value in vars(self).items() if value != getattr(usual, key, value)}
+        return ", ".join(f"{key} {_words(value)}" for key, value in changed.items())
+
+
+def _words(value: object) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,59 @@
+"""What removed gammas mean for every layer: which channels die, and where a selection has to stand in for one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netslim.prune.choose.plan import Selection, Slice
+from netslim.prune.map import ChannelMap
+
+Flags = NDArray[np.bool_]
+
+
+def realise(channels: ChannelMap, gone: Mapping[str, Flags]) -> tuple[tuple[Slice, ...], tuple[Selection, ...]]:
+    """Slice the layers, and select channels around those BatchNorms that lose gammas of channels that stay.
+
+    Args: gone, per BatchNorm (width,), True = the gamma is removed.
+    """
+    dead = _dead(channels, gone)
+    slices, selections = [], []
+    for name, (inputs, outputs) in channels.ends.items():
+        num_inputs, num_outputs = len(inputs), len(outputs)
+        live_inputs, live_outputs = ~dead[inputs], ~dead[outputs]
+        if name in gone:
+            keep = ~gone[name]
+            if not keep.all():
+                slices.append(Slice(name=name, num_inputs=num_inputs, num_outputs=num_outputs, outputs=_indices(keep)))
+            before = None if live_inputs[~keep].sum() == 0 else _indices(keep[live_inputs])
+            after = None if live_outputs[~keep].sum() == 0 else _indices(keep[live_outputs])
+            if before or after:
+                arriving, leaving = int(live_inputs.sum()), int(live_outputs.sum())
+                selections.append(
+                    Selection(name=name, num_before=arriving, num_after=leaving, before=before, after=after)
+                )
+        elif not (live_inputs.all() and live_outputs.all()):
+            reads = None if live_inputs.all() else _indices(live_inputs)
+            makes = None if live_outputs.all() else _indices(live_outputs)
+            slices.append(Slice(name=name, num_inputs=num_inputs, num_outputs=num_outputs, inputs=reads, outputs=makes))
+    return tuple(slices), tuple(selections)
+
+
+def _dead(channels: ChannelMap, gone: Mapping[str, Flags]) -> Flags:
+    """Tell which channels, (numbers,), no one needs any more; every layer keeps one at each end."""
+    total = len(channels.fixed)
+    sides = [(side, flags) for name, flags in gone.items() for side in channels.ends[name]]
+    touched = np.bincount(np.concatenate([side for side, _ in sides]), minlength=total)
+    removed = np.bincount(np.concatenate([side[flags] for side, flags in sides]), minlength=total)
+    dead: Flags = (touched > 0) & (touched == removed) & ~np.asarray(channels.fixed)
+    emptied = [side for both in channels.ends.values() for side in both if dead[side].all()]
+    while emptied:
+        dead[emptied[0][0]] = False  # its gamma stays removed, by a selection
+        emptied = [side for side in emptied if dead[side].all()]
+    return dead
+
+
+def _indices(flags: Flags) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(flags).tolist())

@@ -1,0 +1,65 @@
+"""The layers of a channel map: each BatchNorm with what holds its gammas, each layer with weights with its channels."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Coupling = Literal["group", "select"]
+"""group: gammas of one class live or die together; select: each by itself, with index selections where needed."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One BatchNorm of the map: gamma i belongs to its channel i."""
+
+    name: str
+    classes: tuple[int, ...]
+    """(width,): gammas of equal number, in any layer, share channels, so that only together they leave no trace."""
+    holds: tuple[str, ...]
+    """(width,): why the channel stays; empty = it can be removed together with all gammas of its class."""
+    selectable: bool
+    """Whether the gammas can be removed one by one, with index selections before or after the BatchNorm."""
+
+    @property
+    def width(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def prunable(self) -> tuple[bool, ...]:
+        """Tell for each channel, (width,), whether it can be removed."""
+        return tuple(map(operator.not_, self.holds))
+
+    @property
+    def num_prunable(self) -> int:
+        return sum(self.prunable)
+
+    @property
+    def reasons(self) -> tuple[tuple[str, int], ...]:
+        """Say why the channels that are not prunable stay, each reason with the number of channels it holds."""
+        return tuple(Counter(why for why in self.holds if why).items())
+
+    def removable(self, coupling: Coupling) -> tuple[bool, ...]:
+        """Tell for each gamma, (width,), whether it can be removed under this coupling."""
+        return self.prunable if coupling == "group" else (self.selectable,) * self.width
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The channels at the two ends of a convolution, linear layer or BatchNorm; equal numbers are one channel."""
+
+    name: str
+    kind: str
+    """The type of the layer, as in `Conv2d`."""
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
+    """List the first names and say how many more there are: networks have hundreds of layers."""
+    rest = len(names) - most
+    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,35 @@
+"""What a network costs: parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from netslim.prune.map import on_a_copy
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters (without buffers) and multiply-accumulates per image."""
+
+    params: int
+    macs: int
+
+
+def cost(model: nn.Module, example: Tensor) -> Cost:
+    """Count a network's parameters and, in eval mode, its multiply-accumulates per image; the model is unchanged.
+
+    Convolutions and matrix products count; biases, BatchNorm and activations do not, as in the papers' tables.
+
+    Args: example (n, 3, height, width) on the model's device and in its dtype.
+    """
+    flops = on_a_copy(model, example, _flops)
+    return Cost(params=sum(p.numel() for p in model.parameters()), macs=flops // 2 // example.shape[0])
+
+
+def _flops(model: nn.Module, example: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(example)
+    return int(counter.get_total_flops())

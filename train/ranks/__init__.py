@@ -1,0 +1,26 @@
+"""An engine's configuration in; a `Runtime` out: this process among the ranks, and all that they do together.
+
+Sums, checks and decisions over ranks are the same on each of them, BatchNorm statistics those of all images; a rank
+that is lost is named. Nothing else imports Accelerate, DeepSpeed or `torch.distributed`.
+"""
+
+from netslim.train.ranks.engine import EngineConfig, check_devices, num_gpus
+from netslim.train.ranks.group import LostRankError, weights_digest
+from netslim.train.ranks.masters import Fragment, Masters, whole
+from netslim.train.ranks.runtime import Runtime
+from netslim.train.ranks.statistics import combined, freeze, synchronise
+
+__all__ = [
+    "EngineConfig",
+    "Fragment",
+    "LostRankError",
+    "Masters",
+    "Runtime",
+    "check_devices",
+    "combined",
+    "freeze",
+    "num_gpus",
+    "synchronise",
+    "weights_digest",
+    "whole",
+]

@@ -1,0 +1,22 @@
+"""What a stage has to say in; lines on the terminal, metrics.jsonl and a Weights & Biases run out.
+
+No tracker can stop a training, or make it wait for more than seconds: what goes wrong with one is a warning line. How
+W&B is spoken to is nobody else's business.
+"""
+
+from netslim.train.record.pace import Leg, Pace
+from netslim.train.record.record import Record, RecordConfig
+from netslim.train.record.wandb_content import Artefact, Lineage, Picture
+from netslim.train.record.wandb_server import Probe, has_key
+
+__all__ = [
+    "Artefact",
+    "Leg",
+    "Lineage",
+    "Pace",
+    "Picture",
+    "Probe",
+    "Record",
+    "RecordConfig",
+    "has_key",
+]

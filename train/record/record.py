@@ -1,0 +1,161 @@
+"""What a stage leaves behind while it runs: metrics.jsonl always, Weights & Biases where wanted."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TextIO, TypeVar
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+from tqdm import tqdm
+
+from netslim.train.record.pace import Leg, Pace
+from netslim.train.record.wandb_content import Lineage, Picture, Table
+from netslim.train.record.wandb_run import WandbRun
+from netslim.train.record.wandb_server import wandb_mode
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class RecordConfig:
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """Weights & Biases: auto is online where a key is present, else offline; without an answer, offline."""
+    project: str = "netslim"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; None is the key's own."""
+    group: str | None = None
+    """W&B group that holds the stages of this experiment; None is the name of the run directory."""
+    tags: tuple[str, ...] = ()
+    """W&B tags."""
+    artifacts: bool = False
+    """Upload each stage's files as a W&B artifact, and link it to what it was made from."""
+    progress_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How often a long stage says how far it is, where there is no terminal for a bar."""
+
+
+class Record:
+    """The record of one stage, kept by rank 0; on the other ranks every method does nothing. Use it with ``with``.
+
+    ``directory`` gets ``metrics.jsonl``, a line an epoch, flushed at once. Progress bars show on a terminal only, else
+    there are lines. W&B starts with the first `epoch` or `finish`; what goes wrong with it is a warning line, and never
+    an exception. ``settings`` are the W&B run's config. Under ``wandb agent`` the stage that ``is_last`` is the trial.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        directory: Path,
+        *,
+        is_main: bool,
+        config: RecordConfig | None = None,
+        run_name: str = "",
+        settings: dict[str, Any] | None = None,
+        is_last: bool = False,
+    ) -> None:
+        config = config or RecordConfig(wandb="disabled")
+        self.stage = stage
+        self.is_main = is_main
+        self._pace = Pace(stage, self.say, is_main=is_main, seconds=config.progress_seconds)
+        self._path = directory / "metrics.jsonl"
+        self._file: TextIO | None = None
+        self._wandb: WandbRun | None = None
+        if is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            if wandb_mode(config.wandb) is not None:
+                self._wandb = WandbRun(
+                    wanted=config.wandb,
+                    project=config.project,
+                    entity=config.entity,
+                    stage=stage,
+                    directory=directory.parent,
+                    description={
+                        "group": config.group or run_name,
+                        "name": f"{run_name} {stage}",
+                        "tags": list(config.tags),
+                        "config": settings or {},
+                    },
+                    is_last=is_last,
+                    say=self.say,
+                )
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The id of this stage's W&B run, for `resume`; None without W&B, and on the other ranks."""
+        return self._wandb.id if self._wandb is not None else None
+
+    def say(self, line: str, *, warning: bool = False) -> None:
+        """Print one line, from rank 0; a warning goes to stderr."""
+        if self.is_main:
+            stream = sys.stderr if warning else sys.stdout
+            tqdm.write(f"{self.stage}: {'warning: ' if warning else ''}{line}", file=stream)
+            stream.flush()
+
+    def progress(self, items: Iterable[T], leg: Leg) -> Iterable[T]:
+        """The items of one leg of the stage, behind a bar on a terminal, else with a line now and then."""
+        return self._pace.follow(items, leg)
+
+    def resume(self, metrics: Sequence[dict[str, Any]], wandb_id: str | None = None) -> None:
+        """Go on where an earlier process was: with its epochs' ``metrics``, and in its W&B run.
+
+        Lines that it wrote to ``metrics.jsonl`` beyond these epochs go.
+        """
+        if self.is_main:
+            self._file = self._path.open("w", encoding="utf-8")
+            self._file.writelines(json.dumps(line) + "\n" for line in metrics)
+            self._file.flush()
+        if self._wandb is not None:
+            self._wandb.resume(metrics, wandb_id)
+
+    def epoch(self, metrics: dict[str, Any], model: nn.Module, of: int | None = None) -> None:
+        """Append one epoch's metrics, ``of`` so many; W&B also gets a histogram of |gamma| per BatchNorm."""
+        if not self.is_main:
+            return
+        if self._file is None:  # of the first epoch: what an earlier attempt left is replaced
+            self._file = self._path.open("w", encoding="utf-8")
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        self.say(_epoch_line(metrics, of))
+        if self._wandb is not None:
+            self._wandb.log(metrics, model)
+
+    def finish(
+        self,
+        summary: Mapping[str, Any],
+        *,
+        tables: Mapping[str, Table] | None = None,
+        pictures: Mapping[str, Picture] | None = None,
+        lineage: Lineage | None = None,
+    ) -> None:
+        """Make ``summary`` the W&B run's summary, and show there what else there is; nothing is drawn without W&B."""
+        if self._wandb is not None:
+            self._wandb.conclude(summary, tables or {}, pictures or {}, lineage)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+        if self._file is not None:
+            # after a failed write the rest can't be written either, and the first error is the one to report
+            with contextlib.suppress(*([] if kind is None else [OSError])):
+                self._file.close()
+
+
+def _epoch_line(metrics: Mapping[str, Any], of: int | None) -> str:
+    parts = [
+        f"epoch {metrics['epoch']}" + ("" if of is None else f"/{of}"),
+        f"loss {metrics['train_loss']:.3f}",
+        f"accuracy {metrics['accuracy']:.4f}",
+        f"{metrics['images_per_second']:.0f} images/s",
+    ]
+    if "data_wait" in metrics:
+        parts.append(f"data wait {100 * metrics['data_wait']:.0f} %")
+    if "gpu_memory_mb" in metrics:
+        parts.append(f"GPU {metrics['gpu_memory_mb'] / 1000:.1f} GB")
+    return "  ".join(parts)
