@@ -15,8 +15,10 @@ from test_train_resume import lines
 from whole_run import ONE_RATIO, SCRIPT, SHORT, alive, results, stages
 
 TIMEOUT = 10
-SOON = 30
-"""Seconds of a busy machine; two on one that is idle."""
+SOON = 10
+"""Seconds in which all end with a lost rank; two on an idle machine."""
+BUSY = 25
+"""Seconds more in `make test`, beside whatever else the machine does; `make slow` and `make soak` give none."""
 # without a loader that compiles, for which ranks may take unequally long
 FAULT_FLAGS = (
     "--prune.ratio",
@@ -127,7 +129,7 @@ def is_training(run: Run) -> Callable[[], bool]:
     return lambda: checkpoints(run)[-1:] > before[-1:] and bool(run.ranks())
 
 
-def lose(run: Run, rank: int) -> None:
+def lose(run: Run, rank: int, spare: float = 0) -> None:
     """Kill a rank: the others end with it, long before the time-out of ten minutes, and say whom they miss."""
     assert run.wait_until(is_training(run))
     run.ranks()[rank].kill()
@@ -135,7 +137,7 @@ def lose(run: Run, rank: int) -> None:
     assert code == 1
     # by the launcher, or by the other rank where that is quicker
     assert any(line.startswith("netslim: sparse") and f"rank {rank}" in line for line in said), said
-    assert seconds < SOON
+    assert seconds < SOON + spare
 
 
 def stop(run: Run, number: signal.Signals, whom: str) -> None:
@@ -158,7 +160,7 @@ def finish(run: Run, whole_run: Path) -> None:
 def test_a_run_that_lost_a_rank_and_then_was_told_to_stop_goes_on_from_its_checkpoint_each_time(
     start: Callable[..., Run], whole_run: Path
 ) -> None:
-    lose(start(), rank=1)
+    lose(start(), rank=1, spare=BUSY)
     stop(start("--max-restarts", 1), signal.SIGUSR1, "rank 1")
     finish(start(), whole_run)
 
@@ -194,7 +196,7 @@ LAST = {"training": 60, "evaluation": 3, "pruning": 2}
 SAID = {"training": "netslim: sparse, epoch ", "evaluation": ", evaluation: ", "pruning": "netslim: prune-0.50"}
 
 
-def assert_ends_in_time(fault: Fault, flags: list[object]) -> float:
+def assert_ends_in_time(fault: Fault, flags: list[object], spare: float = 0) -> float:
     """Run into the fault; gives the seconds from it to the end of the last process."""
     own = ["--model", "faulty:build", "--model.width", 1]
     run = Run(Path(fault.run_dir), [*flags, *own, *FAULT_FLAGS], fault.environment())
@@ -206,23 +208,23 @@ def assert_ends_in_time(fault: Fault, flags: list[object]) -> float:
     assert told, (fault, said)
     if fault.signal == signal.SIGSTOP:
         assert any("does not run any more" in line for line in told), told
-    assert seconds < SOON + (TIMEOUT if fault.signal == signal.SIGSTOP else 0), fault
+    assert seconds < (5 if fault.signal == signal.SIGKILL else TIMEOUT + 2) + spare, fault
     return seconds
 
 
 @pytest.mark.parametrize(
-    ("place", "number", "rank", "count"),
+    ("place", "number", "rank", "count", "spare"),
     [
-        ("evaluation", signal.SIGSTOP, 1, 2),
-        pytest.param("training", signal.SIGSTOP, 0, 30, marks=pytest.mark.slow),
-        pytest.param("pruning", signal.SIGKILL, 0, 1, marks=pytest.mark.slow),
-        pytest.param("pruning", signal.SIGSTOP, 1, 2, marks=pytest.mark.slow),
+        ("evaluation", signal.SIGSTOP, 1, 2, BUSY),
+        pytest.param("training", signal.SIGSTOP, 0, 30, 0, marks=pytest.mark.slow),
+        pytest.param("pruning", signal.SIGKILL, 0, 1, 0, marks=pytest.mark.slow),
+        pytest.param("pruning", signal.SIGSTOP, 1, 2, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_whose_rank_dies_or_stops_ends_in_time_and_names_rank_and_stage(
-    place: str, number: signal.Signals, rank: int, count: int, tmp_path: Path, flags: list[object]
+    place: str, number: signal.Signals, rank: int, count: int, spare: float, tmp_path: Path, flags: list[object]
 ) -> None:
-    assert_ends_in_time(Fault(str(tmp_path / "run"), rank, place, number, count), flags)
+    assert_ends_in_time(Fault(str(tmp_path / "run"), rank, place, number, count), flags, spare)
 
 
 @pytest.mark.soak
