@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from netslim.data import DataConfig, DataInfo, Loaders, Shard, device_loader, open_calibration, open_loaders, prepare
-from netslim.data import ffcv_loader as module
+from netslim.data import DataConfig, DataInfo, Loaders, Shard, open_calibration, open_loaders, prepare
+from netslim.data.batches import device_loader
+from netslim.data.batches import ffcv_loader as module
 
 CPU = torch.device("cpu")
 LOADERS = ["ffcv", "torch", "device"]

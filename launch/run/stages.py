@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 
+from netslim.launch.config import PruneConfig
 from netslim.launch.run.inflight import InFlight
 from netslim.launch.run.job import Job
 from netslim.launch.run.runner import Made, Training
@@ -25,19 +26,18 @@ def sparsify(job: Job, stage: Stage) -> Made:
     slimming = None
     if config.sparsity.interval(job.run.engine):
         example = job.run.on_main(lambda: job.test_images(2).cpu()).to(job.run.device)
-        most = _most_in_flight(job, stage)
+        most = _most_in_flight(config.prune, stage.turn)
         slimming = InFlight(dense, model, plan, channels, rules, config.sparsity, job.run, example, most)
     says = channels.summary(rules.coupling)
     training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says)
     return Made(model=model, plan=plan, training=training)
 
 
-def _most_in_flight(job: Job, stage: Stage) -> float:
+def _most_in_flight(config: PruneConfig, turn: Pass) -> float:
     """The share of the channels that may go during sparsity training: what a ratio would leave must not go before."""
-    if job.config.prune.rules.target != "channels":
+    if config.target != "channels":
         return 1.0  # a ratio of parameters or MACs says nothing of channels
-    turn = stage.turn
-    every = [turn] if turn.number > 1 else [Pass(ratio, 1, turn.count) for ratio in job.config.prune.ratio]
+    every = [turn] if turn.number > 1 else [Pass(ratio, 1, turn.count) for ratio in config.ratio]
     return min(each.share for each in every)
 
 
