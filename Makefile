@@ -19,6 +19,9 @@ READY_BENCH := $(VENV)/.ready-bench
 # System packages, as PROGRAM:PACKAGE, without which some tests are skipped; `make test TEST_TOOLS=` leaves them alone.
 TEST_TOOLS ?= slurmctld:slurm-wlm munged:munge shellcheck:shellcheck chromium:chromium
 
+# Processes that run tests.
+WORKERS ?= 2
+
 # A benchmark's figures, of which docs/performance.md is made; that of a GPU is `make bench-gpu`.
 FIGURES := $(patsubst tests/bench/%.py,docs/performance/%.json,\
 	$(filter-out %/bench_gpu.py,$(sort $(wildcard tests/bench/bench_*.py))))
@@ -32,8 +35,9 @@ FLAGS_bench_end_to_end = $(if $(ROOT),--root $(ROOT) --model vgg19 --epochs 8 --
 demo: $(READY)
 	$(BIN)/netslim run digits
 
+# Two workers, whatever the machine: many tests start processes themselves, and each worker has a set-up of its own.
 test: $(READY_TEST)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
