@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep in one worker what shares its set-up: the tests of a file, and all files that compare with the whole run."""
     compare = {item.path for item in items if "whole_run" in getattr(item, "fixturenames", ())}
