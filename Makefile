@@ -37,7 +37,7 @@ demo: $(READY)
 
 # Two workers, whatever the machine: many tests start processes themselves, and each worker has a set-up of its own.
 test: $(READY_TEST)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

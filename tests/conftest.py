@@ -19,14 +19,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep in one worker what shares its set-up: the tests of a file, and all files that compare with the whole run."""
-    compare = {item.path for item in items if "whole_run" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("whole_run" if item.path in compare else item.path.name))
-
-
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache for prepared data that lives as long as the test session: the digits are written once."""
