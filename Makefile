@@ -36,8 +36,9 @@ demo: $(READY)
 	$(BIN)/netslim run digits
 
 # Two workers, whatever the machine: many tests start processes themselves, and each worker has a set-up of its own.
+# Files in their order: by their numbers of tests, those whose few tests take longest would come last.
 test: $(READY_TEST)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
