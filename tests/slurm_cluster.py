@@ -44,8 +44,8 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMe
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000 State=UNKNOWN
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
-WITHOUT_CGROUPS = "CgroupPlugin=disabled\n"
-"""Of cgroup.conf: newer ones look for a cgroup file system otherwise, which containers lack; older refuse the line."""
+CGROUPS = "CgroupPlugin={}\n"
+"""What cgroup.conf says, or SLURM would look for a cgroup file system, which containers lack."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def slurm_cluster() -> Iterator[Cluster]:
         directory.chmod(0o755)
         cluster = Cluster({"SLURM_CONF": str(directory / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"})
         configure(directory)
-        if cluster.version() >= (23, 2):
-            (directory / "cgroup.conf").write_text(WITHOUT_CGROUPS)
+        is_new = cluster.version() >= (23, 2)  # older ones know no plugin "disabled", and mount nothing for this one
+        (directory / "cgroup.conf").write_text(CGROUPS.format("disabled" if is_new else "cgroup/v1"))
         munge = directory / "munge"
         files = {
             name: munge / name.split("-")[0] for name in ("key-file", "log-file", "pid-file", "seed-file", "socket")

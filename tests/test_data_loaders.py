@@ -393,3 +393,15 @@ def test_torchs_thread_count_is_left_alone(config: DataConfig, info: DataInfo) -
         "assert loaders.info.loader == 'ffcv' and torch.get_num_threads() == 2"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=600).returncode == 0
+
+
+def test_a_process_ends_in_the_middle_of_an_epoch(config: DataConfig, info: DataInfo) -> None:
+    # as after an error: what holds the epoch goes when Python ends, and no thread runs any more
+    code = (
+        "import torch; from pathlib import Path; from netslim.data import *\n"
+        f"config = DataConfig(cache=Path({str(config.cache)!r}), batch_size=96, num_workers=1)\n"
+        "loaders = open_loaders(config, prepare(config, quiet=True), Shard(0, 1), seed=0, device=torch.device('cpu'))\n"
+        "assert loaders.info.loader == 'ffcv'\n"
+        "batches = loaders.train.epoch(0); next(batches)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=600).returncode == 0

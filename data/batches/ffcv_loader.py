@@ -1,5 +1,7 @@
 """Batches out of a .beton by FFCV, with its waits bounded, its errors passed on and our augmentation inside."""
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -107,6 +109,16 @@ class _Epoch(EpochIterator):  # type: ignore[misc]
                 self.join(0.01)
 
 
+_running: "weakref.WeakSet[_Epoch]" = weakref.WeakSet()
+
+
+@atexit.register  # later no other thread runs any more, and from Python 3.13 on one would wait for it for ever
+def _stop_running() -> None:
+    """End the epochs that an error has left in the middle."""
+    for epoch in list(_running):
+        epoch.stop()
+
+
 class FfcvReader:
     """Reads any samples of a .beton in any order."""
 
@@ -145,6 +157,7 @@ class FfcvReader:
         # FFCV makes its streams on the current GPU.
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             iterator = _Epoch(self._loader, order)
+        _running.add(iterator)
         try:
             start = 0
             for (images,) in iterator:
