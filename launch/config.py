@@ -96,7 +96,8 @@ class RunConfig:
         self.sparsity.interval(f"zero{self.engine.zero}")  # it refuses what cannot be, before anything starts
 
 
-_ADAPTER = TypeAdapter(RunConfig)
+ADAPTER = TypeAdapter(RunConfig)
+"""Reads and writes configurations as plain values."""
 
 # Fields that say where and how a run is made, not what comes out: they may differ when a run directory is used again.
 # Ratios and starts may, because each has directories of its own.
@@ -121,7 +122,7 @@ _FREE_FIELDS = (
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain JSON values."""
-    values: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    values: dict[str, Any] = ADAPTER.dump_python(config, mode="json")
     return values
 
 

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import tyro
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from netslim.launch.config import RunConfig, field_names, to_dict
+from netslim.launch.config import ADAPTER, RunConfig, field_names, to_dict
 
 _LARGEST_FILE = 1 << 20  # bytes of a --config file; a whole configuration has two thousand
 _MOST_ALIASES = 20  # in one; each may double what the file grows to
@@ -25,7 +25,7 @@ Config = TypeVar("Config")
 def from_dict(values: Mapping[str, Any], source: str) -> RunConfig:
     """The configuration that ``to_dict`` wrote; raises ValueError in one line that begins with its source."""
     try:
-        return TypeAdapter(RunConfig).validate_python(values)
+        return ADAPTER.validate_python(values)
     except ValidationError as error:
         raise ValueError(f"{source}: {_describe(error, field_names(RunConfig()))}") from None
 
