@@ -1,7 +1,7 @@
 """Slimming a network: which channels can go, which do, the cut itself, its cost, and the files it leaves."""
 
 from netslim.prune.choose import Origin, Plan, Rules, choose_zeros, make_plan
-from netslim.prune.cut import carry, cut, embed, largest_difference, masked, norm_of, prove
+from netslim.prune.cut import carry, cut, embed, largest_difference, masked, norm_of, prove, scales_of
 from netslim.prune.map import ChannelMap, Coupling, map_channels
 from netslim.prune.repair import Calibration, Chunk, Repair, RepairConfig, absorb, chunk_size, repair
 from netslim.prune.scores import score_channels
@@ -42,6 +42,7 @@ __all__ = [
     "prove",
     "repair",
     "save",
+    "scales_of",
     "score_channels",
     "slim",
 ]

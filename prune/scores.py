@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from netslim.prune.choose import Rules
-from netslim.prune.map import CONVOLVING, NORMALISING, ChannelMap, Ends, Ints
+from netslim.prune.map import ChannelMap, Ends, Ints
+from netslim.prune.record import CONVOLVING, NORMALISING, tensor_of, weight_of
 from netslim.prune.repair import Calibration, elimination_scores
 
 Norms = NDArray[np.float64]
@@ -66,31 +67,43 @@ def _mean_by_number(numbers: Ints, values: Norms, count: int) -> Norms:
 
 
 def _gains(model: nn.Module, end: Ends) -> Norms:
-    norm = model.get_submodule(end.name)
-    assert isinstance(norm, NORMALISING), "a layer of the map"
-    gains = torch.ones(norm.num_features, dtype=torch.float64)
-    if norm.affine:
-        gains = norm.weight.detach().double().cpu()
-    if norm.running_var is not None:
+    gamma = weight_of(model, end.name)
+    gains = torch.ones(len(end.outputs), dtype=torch.float64) if gamma is None else gamma.detach().double().cpu()
+    norm = dict(model.named_modules()).get(end.name)
+    if isinstance(norm, NORMALISING) and norm.running_var is not None:
         gains = gains / (norm.running_var.double().cpu() + norm.eps).sqrt()
     values: Norms = gains.numpy()
     return values
 
 
 def _hands_on(model: nn.Module, end: Ends) -> bool:
-    layer = model.get_submodule(end.name)
-    return isinstance(layer, CONVOLVING) and 1 < layer.groups == layer.in_channels
+    """Tell whether each channel goes through a depthwise layer by itself."""
+    return len(end.inputs) > 1 and _groups(model, end) == len(end.inputs)
+
+
+def _groups(model: nn.Module, end: Ends) -> int:
+    weight, layer = _weight(model, end)
+    if isinstance(layer, CONVOLVING):
+        return layer.groups
+    return len(end.inputs) // weight.shape[1] if weight.dim() > 2 else 1
 
 
 def _column_norms(model: nn.Module, end: Ends) -> Norms:
     """Sum the squares of the weights that read each input, (inputs,)."""
-    layer = model.get_submodule(end.name)
-    weight = layer.get_parameter("weight").detach().double().square().cpu()
-    if not isinstance(layer, CONVOLVING):
-        sums = weight.sum(0)  # (out, in)
-    elif layer.transposed:
+    weight, layer = _weight(model, end)
+    weight, groups = weight.detach().double().square().cpu(), _groups(model, end)
+    if isinstance(layer, CONVOLVING) and layer.transposed:
         sums = weight.flatten(1).sum(1)  # (in, out / groups, ...)
+    elif weight.dim() == 2:
+        sums = weight.sum(0)  # (out, in)
     else:
-        sums = weight.view(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(2).sum(2).flatten()
+        sums = weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(2).sum(2).flatten()
     values: Norms = sums.numpy()
     return values
+
+
+def _weight(model: nn.Module, end: Ends) -> tuple[Tensor, nn.Module | None]:
+    """Find the weight of a convolution or linear layer, and its module if it has one."""
+    weight = weight_of(model, end.name)
+    assert weight is not None, "a layer of the map"
+    return weight, None if tensor_of(model, end.name) is weight else model.get_submodule(end.name)

@@ -8,20 +8,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from netslim.prune.choose import Plan, Rules, ShareGone, choose, units_of
-from netslim.prune.cut import cut, norm_of, prove
+from netslim.prune.cut import cut, prove, scales_of
 from netslim.prune.map import ChannelMap, map_channels
+from netslim.prune.record import Example
 from netslim.prune.repair import Calibration
 from netslim.prune.scores import score_channels
 from netslim.prune.ship import cost
 
 
 def slim(
-    model: nn.Module, example: Tensor, *, ratio: float, calibration: Calibration | None = None, **rules: Any
+    model: nn.Module, example: Example, *, ratio: float, calibration: Calibration | None = None, **rules: Any
 ) -> tuple[nn.Module, Plan]:
     """Map, plan, cut and prove in one call: the smaller network and its plan; the model is unchanged.
 
-    Args: example (n, 3, height, width) on the model's device; ratio in [0, 1); calibration, for the score that measures
-    on images; rules: the fields of `Rules`.
+    Args: example, as the network is called: images (n, 3, height, width), or a tuple, list or dictionary of arguments,
+    on the model's device; ratio in [0, 1); calibration, for the score that measures on images; rules: the fields of
+    `Rules`.
     Raises: ValueError as `map_channels` and `plan_network` do; RuntimeError if cut and masked network differ.
     """
     chosen = Rules.of(**rules)
@@ -36,7 +38,7 @@ def slim(
 def plan_network(
     model: nn.Module,
     channels: ChannelMap,
-    example: Tensor,
+    example: Example,
     ratio: float,
     rules: Rules,
     scores: Mapping[str, Tensor] | None = None,
@@ -46,7 +48,7 @@ def plan_network(
     The target "channels" is met as in `make_plan`. For "params" and "macs" channels go in the same order, as few of
     them as bring the network's parameters, or its multiply-accumulates on the example, to (1 - ratio) or less.
 
-    Args: channels, the map of the model; example (n, 3, height, width) on its device; ratio in [0, 1); scores, if they
+    Args: channels, the map of the model; example, as for `slim`; ratio in [0, 1); scores, if they
     are known: those of `score_channels`.
     Raises: ValueError as `make_plan` does, also if the target cannot be reached.
     """
@@ -63,11 +65,11 @@ def open_gammas(
     """
     gammas = channels.named_gammas(model, rules.coupling)
     units = units_of(gammas, channels, rules)
-    names = {channels.layers[layer].name for layer in set(units.layers[units.owners >= 0].tolist())}
-    return [norm_of(model if small is None else small, name).weight for name in gammas if name in names]
+    layers = (channels.layers[layer] for layer in sorted(set(units.layers[units.owners >= 0].tolist())))
+    return [scales_of(model if small is None else small, layer)[0] for layer in layers]
 
 
-def _share_gone(model: nn.Module, example: Tensor, rules: Rules) -> ShareGone | None:
+def _share_gone(model: nn.Module, example: Example, rules: Rules) -> ShareGone | None:
     if rules.target == "channels":
         return None
 

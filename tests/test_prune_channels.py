@@ -52,7 +52,9 @@ def test_a_value_for_all_channels_is_named_with_its_module():
         def forward(self, x: Tensor) -> Tensor:
             return x + x.mean((2, 3), keepdim=True) + torch.ones(4, 1, 1, device=x.device)
 
-    assert reasons(Last(Scaled()))["block.1"] == ["'add' of values with different channels at 'between.add_1'"]
+    (reason,) = reasons(Last(Scaled()))["block.1"]
+    assert reason.startswith("'add' of values with different channels at 'between' (")
+    assert reason.endswith("test_prune_channels.py:53)")
 
 
 def test_each_other_reason_is_given_with_its_place():
@@ -66,9 +68,10 @@ def test_each_other_reason_is_given_with_its_place():
 
 def test_moving_data_freezes_only_where_it_counts_channels():
     found = reasons(Shuffling())
-    assert found["a.1"] == ["module used more than once 'b.0'"]
-    assert found["c.1"] == found["e.1"] == []
-    assert found["d.1"] == ["'view' lays channels over two dimensions at 'view_1'"]
+    assert found["a.1"] == found["c.1"] == found["e.1"] == []
+    (reason,) = found["d.1"]
+    assert reason.startswith("'view' lays channels over two dimensions at ")
+    assert "test_prune_nets.py:" in reason
 
 
 @pytest.mark.parametrize(
@@ -77,17 +80,15 @@ def test_moving_data_freezes_only_where_it_counts_channels():
         (nn.Sigmoid(), "operation 'sigmoid' is not zero at zero at 'between'"),
         (nn.Hardtanh(0.5, 1.0), "operation 'hardtanh' is not zero at zero at 'between'"),
         (nn.ConstantPad2d(1, 0.5), "operation 'pad' is not zero at zero at 'between'"),
-        (nn.PReLU(4), "a slope per channel at 'between'"),
-        (
-            nn.Sequential(nn.PixelShuffle(2), nn.PixelUnshuffle(2)),
-            "operation 'PixelShuffle' is not known to keep channels apart at 'between.0'",
-        ),
-        (nn.Softmax(1), "operation 'Softmax' is not known to keep channels apart at 'between'"),
+        (nn.Softmax(1), "'softmax' over channels at 'between'"),
+        (nn.LocalResponseNorm(2), "operation 'local_response_norm' is not known to keep channels apart at 'between'"),
         (nn.Conv2d(4, 4, 1, groups=4), "'between' adds a bias"),
     ],
 )
 def test_an_operation_between_blocks_is_named(between, reason):
-    assert reasons(Last(between))["block.1"] == [reason]
+    (found,) = reasons(Last(between))["block.1"]
+    assert found.startswith(reason)
+    assert found == reason or "test_prune_channels.py:" in found
 
 
 def test_a_batchnorm_without_gamma_is_not_prunable():
@@ -96,17 +97,19 @@ def test_a_batchnorm_without_gamma_is_not_prunable():
     assert reasons(model)["0.1"] == ["BatchNorm '0.1' has no gamma (affine=False)"]
 
 
-def test_a_module_that_is_used_twice_is_not_prunable():
+def test_the_channels_of_a_module_that_is_used_twice_are_one():
     twice = block(4, 4)
-    assert reasons(nn.Sequential(block(3, 4), twice, twice, block(4, 4), nn.Conv2d(4, 2, 1)))["1.1"] == [
-        "module used more than once '1.0'"
-    ]
+    channels = map_channels(nn.Sequential(block(3, 4), twice, twice, block(4, 4), nn.Conv2d(4, 2, 1)), EXAMPLE)
+    first, inside, last = channels.layers
+    assert first.classes == inside.classes
+    assert first.num_prunable == last.num_prunable == 4
 
 
-def test_layers_that_share_a_weight_are_not_prunable():
+def test_the_channels_of_layers_that_share_a_weight_are_one():
     model = nn.Sequential(block(3, 4), block(4, 4), block(4, 4), block(4, 4), nn.Conv2d(4, 2, 1))
     model[2][0].weight = model[1][0].weight
-    assert reasons(model)["1.1"] == ["'2.0' and '1.0' share a parameter"]
+    classes = [layer.classes for layer in map_channels(model, EXAMPLE).layers]
+    assert classes[0] == classes[1] == classes[2] != classes[3]
 
 
 def test_a_parametrized_convolution_is_not_prunable():
@@ -154,7 +157,7 @@ def test_a_network_with_everything_frozen_is_refused_with_the_reasons():
 
 
 class Branching(nn.Module):
-    """Decides by values, and keeps one of them: torch.fx can follow neither."""
+    """Decides by values, and keeps one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,34 +187,34 @@ class BranchingInAResidual(nn.Module):
 
 @pytest.mark.parametrize("coupling", ["group", "select"])
 @pytest.mark.parametrize("build", [branching_in_a_chain, BranchingInAResidual])
-def test_a_network_is_cut_exactly_around_a_module_that_cannot_be_traced(build, coupling):
+def test_a_network_is_cut_exactly_around_a_module_that_decides_by_values(build, coupling):
     torch.manual_seed(0)
     model = scramble(build())
     small, plan = slim(model, EXAMPLE, ratio=0.5, coupling=coupling)  # raises beyond 1e-5
     hidden = [name for name in plan.widths if "body" in name]
     assert len(hidden) == 1
-    assert len(plan.kept[hidden[0]]) == 4
+    assert coupling == "select" or len(plan.kept[hidden[0]]) == 4
     assert plan.num_removed > 0
     assert largest_difference(model, small, plan, EXAMPLE) < 1e-10
 
 
-def test_a_module_that_cannot_be_traced_keeps_what_it_reads_holds_and_makes_and_says_why():
+def test_a_module_that_decides_by_values_keeps_what_its_forward_handles_and_says_where():
     channels = map_channels(branching_in_a_chain(), EXAMPLE)
     free, before, inside, after = channels.layers
     assert free.num_prunable == after.num_prunable == 6
     assert before.reasons == inside.reasons  # one sentence for all
-    assert not inside.selectable
+    assert inside.selectable
     ((reason, count),) = inside.reasons
     assert count == 4
-    assert reason.startswith("torch.fx cannot trace '2': symbolically traced variables")
-    assert reason.endswith("or into a function marked with torch.fx.wrap")
+    assert reason.startswith("'2' (")
+    assert reason.endswith(") decides by values")
     assert [(end.name, end.kind) for end in channels.modules][4:6] == [
         ("2.body.0", "Conv2d"),
         ("2.body.1", "BatchNorm2d"),
     ]
 
 
-def test_layers_inside_a_module_of_torch_that_is_called_as_a_whole_are_in_the_map():
+def test_layers_inside_a_module_of_torch_that_calls_them_as_one_function_are_in_the_map():
     class Attending(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -226,7 +229,7 @@ def test_layers_inside_a_module_of_torch_that_is_called_as_a_whole_are_in_the_ma
     assert [layer.num_prunable for layer in channels.layers] == [4, 0]
 
 
-def test_a_network_whose_own_forward_branches_on_values_is_refused_with_a_remedy():
+def test_a_network_whose_own_forward_branches_on_its_input_is_mapped_within():
     class Wholly(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -235,11 +238,7 @@ def test_a_network_whose_own_forward_branches_on_values_is_refused_with_a_remedy
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x if x.sum() > 0 else -x)
 
-    with pytest.raises(
-        ValueError, match=r"^torch.fx cannot trace the network's own forward, .*; move branches"
-    ) as error:
-        map_channels(Wholly(), EXAMPLE)
-    assert "\n" not in str(error.value)
+    assert all(layer.num_prunable == layer.width for layer in map_channels(Wholly(), EXAMPLE).layers)
 
 
 def test_a_batchnorm_that_a_subclass_computes_itself_is_counted():
@@ -249,11 +248,11 @@ def test_a_batchnorm_that_a_subclass_computes_itself_is_counted():
 
     model = chain(4, 6)
     model[0][1] = Own(4)
-    assert reasons(model)["0.1"] == ["a parameter of '0.1' is read outside it"]
+    assert reasons(model)["0.1"] == []
 
 
 def test_an_example_that_does_not_fit_is_refused_naming_the_layer():
-    with pytest.raises(ValueError, match=r"does not run on an example of shape \(1, 5, 8, 8\): '0.0' says"):
+    with pytest.raises(ValueError, match=r"does not run on an example of shape \(2, 5, 8, 8\): '0.0' says"):
         map_channels(chain(4, 6), torch.zeros(2, 5, 8, 8))
 
 
@@ -265,11 +264,11 @@ def test_heads_that_only_training_runs_are_mapped_with_the_rest():
     assert model.training
 
 
-def test_layers_that_nothing_calls_are_refused_by_name():
+def test_layers_that_nothing_calls_stay_whole():
     model = Residual()
-    model.spare = nn.Conv2d(3, 4, 1)
-    with pytest.raises(ValueError, match=r"never calls 'spare', neither in eval nor in training mode"):
-        map_channels(model, EXAMPLE)
+    model.spare = block(3, 4)
+    assert reasons(model)["spare.1"] == ["'spare.1' is never called"]
+    assert len(slim(model, EXAMPLE, ratio=0.5)[0].spare[1].weight) == 4
 
 
 def test_a_network_that_reads_values_while_running_is_mapped_all_the_same():

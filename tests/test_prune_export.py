@@ -269,10 +269,10 @@ class Untraceable(nn.Module):
     [
         (lambda: chain(8, 6), 3, 0),  # a BatchNorm1d behind a linear layer too
         (Residual, 3, 0),
-        (Twice, 6, 3),
+        (Twice, 6, 5),  # one convolution stands before two BatchNorms
         (Gated, 4, 1),  # what it normalises is also read bare
-        (Shuffling, 5, 0),  # one convolution is called twice
-        (Untraceable, 2, 2),
+        (Shuffling, 5, 1),  # one convolution is called twice
+        (Untraceable, 2, 0),
     ],
 )
 def test_batch_norms_are_folded_where_nothing_else_reads_before_them(build, before, after):

@@ -7,7 +7,7 @@ import torch
 from test_prune_nets import EXAMPLE, chain
 from torch import Tensor, nn
 
-from netslim.prune.map import replica
+from netslim.prune.record import replica
 
 
 class Odd(nn.Module):

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as validated
 from torch import Tensor, nn
 
 from netslim.base import complaint
-from netslim.prune import ChannelMap, Plan, Rules, absorb, choose_zeros, cost, cut, embed, norm_of, open_gammas
+from netslim.prune import ChannelMap, Plan, Rules, absorb, choose_zeros, cost, cut, embed, open_gammas, scales_of
 from netslim.train import Runtime, SparsityConfig
 
 _GONE, _IDLE, _ALIVE = 0.0, 1.0, 3.0
@@ -126,11 +126,12 @@ class InFlight:
     def _choose(self, whole: nn.Module, momenta: nn.Module) -> Plan:
         """The plan for the whole network, whose ``momenta`` are in a network of the same shape."""
         kept = {} if self.plan is None else {layer.name: layer.kept for layer in self.plan.layers}
+        layers = {layer.name: layer for layer in self.channels.layers}
         pulls, scores = self.channels.named_gammas(momenta, self.rules.coupling), {}
         for name, gamma in self.channels.named_gammas(whole, self.rules.coupling).items():
             magnitude, pull = (values.detach().abs().double().cpu() for values in (gamma, pulls[name]))
             idle = magnitude <= self.config.reconfigure_below
-            beta = norm_of(whole, name).bias
+            _, beta = scales_of(whole, layers[name])
             if beta is not None and not self.config.reconfigure_below:  # else what is left of it is absorbed
                 idle &= beta.detach().cpu() == 0
             # where not all can go, those first that are smallest, or that the loss pulls least

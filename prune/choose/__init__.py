@@ -6,17 +6,19 @@ leaves, is decided here alone. A plan may carry an `Origin`: a value too, until 
 
 from netslim.prune.choose.choice import ShareGone, choose, choose_zeros, make_plan
 from netslim.prune.choose.origin import Origin
-from netslim.prune.choose.plan import Plan, Selection, Slice
+from netslim.prune.choose.plan import Kept, Plan, Selection, Slice, Trim
 from netslim.prune.choose.rules import Rules
 from netslim.prune.choose.units import units_of
 
 __all__ = [
+    "Kept",
     "Origin",
     "Plan",
     "Rules",
     "Selection",
     "ShareGone",
     "Slice",
+    "Trim",
     "choose",
     "choose_zeros",
     "make_plan",

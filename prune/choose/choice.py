@@ -73,6 +73,11 @@ class _Choice:
         self.rooms = Rooms(channels, units, floors, rules.coupling)
         self.count = int(units.sizes.sum())
 
+    @property
+    def _rules(self) -> str:
+        """The rules in words, also where none were given."""
+        return str(self.rules) or "one channel in every layer"
+
     def by_count(self) -> Plan:
         """Take floor(ratio * count) gammas."""
         asked = math.floor(_exact(self.ratio) * self.count)
@@ -81,7 +86,7 @@ class _Choice:
         if removed < asked and not self._stopped_by_size(taken, asked - removed):
             raise ValueError(
                 f"ratio {self.ratio} asks for {asked} of {self.count} channels, but the rules "
-                f"({self.rules or 'one channel in every layer'}) let only {removed} go, {asked - removed} fewer; "
+                f"({self._rules}) let only {removed} go, {asked - removed} fewer; "
                 f"the largest ratio possible is {removed / self.count:.6g}"
             )
         return self._plan(taken, refused, asked)
@@ -103,8 +108,8 @@ class _Choice:
         most = share_gone(plan_of(high))
         if most < self.ratio:
             raise ValueError(
-                f"ratio {self.ratio} of the {self.rules.target} is out of reach: the rules "
-                f"({self.rules}) let only {most:.6g} go, {self.ratio - most:.2g} less"
+                f"ratio {self.ratio} of the {self.rules.target} is out of reach: the rules ({self._rules}) "
+                f"let only {most:.6g} go, {self.ratio - most:.2g} less"
             )
         while low < high:
             middle = (low + high) // 2
@@ -177,7 +182,7 @@ class _Choice:
     def _plan(self, taken: Flags, refused: Flags, num_asked: int) -> Plan:
         rounded = self._rounded_up(taken) if self.rules.round_to > 1 else taken
         gone, spared, restored = (self._by_layer(units) for units in (rounded, refused, taken & ~rounded))
-        slices, selections = realise(self.channels, gone)
+        slices, selections, trims = realise(self.channels, gone)
         return Plan(
             ratio=float(self.ratio),
             rules=self.rules,
@@ -192,11 +197,13 @@ class _Choice:
                     kept=tuple(np.flatnonzero(~gone[layer.name]).tolist()),
                     spared=int(spared[layer.name].sum()),
                     restored=int(restored[layer.name].sum()),
+                    shift=layer.shift,
                 )
                 for layer in self.channels.layers
             ),
             slices=slices,
             selections=selections,
+            trims=trims,
         )
 
     def _by_layer(self, units: Flags) -> dict[str, Flags]:

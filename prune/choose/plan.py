@@ -36,6 +36,8 @@ class Kept:
     """Channels no larger than the threshold that stay all the same, because the layer's floor holds them."""
     restored: _Count = 0
     """Channels that stay because the layer's width is rounded up."""
+    shift: str | None = None
+    """The parameter that is the beta, where the BatchNorm is no module of torch's form; `name` is then the gamma's."""
 
     def __post_init__(self) -> None:
         _check_indices(self.name, self.kept, self.width)
@@ -78,6 +80,20 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Trim:
+    """What stays of one dimension of a parameter or buffer that is none of a layer of torch's form."""
+
+    name: str
+    dim: _Count
+    size: _Width
+    """Along this dimension, before the cut."""
+    kept: _Indices
+
+    def __post_init__(self) -> None:
+        _check_indices(self.name, self.kept, self.size)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Plan:
     """The channels that stay, per layer, and what that means for every layer with weights.
 
@@ -101,6 +117,8 @@ class Plan:
     """The layers that change: all that `cut` needs, so that no trace is needed to apply a plan."""
     selections: tuple[Selection, ...] = ()
     """Where channels are selected before a BatchNorm or put back after it."""
+    trims: tuple[Trim, ...] = ()
+    """The tensors that change besides those of `slices`."""
     origin: Origin | None = None
     """How to build the network before the cut; None where that was not said."""
 
@@ -151,8 +169,14 @@ class Plan:
     def _content(self) -> dict[str, Any]:
         content = TypeAdapter(Plan).dump_python(self, mode="json")
         assert isinstance(content, dict), "pydantic dumps dataclasses as dictionaries"
+        # what plans of before did not have is left out where it is empty, so that their digests stay right
         if self.origin is None:
-            del content["origin"]  # as in plans of before there were origins, whose digests stay right
+            del content["origin"]
+        if not self.trims:
+            del content["trims"]
+        for layer in content["layers"]:
+            if layer["shift"] is None:
+                del layer["shift"]
         return content
 
     def to_json(self) -> str:

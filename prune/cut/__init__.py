@@ -5,17 +5,8 @@ is known here alone: others find a BatchNorm of a cut network by `norm_of`.
 """
 
 from netslim.prune.cut.optimizer import carry
-from netslim.prune.cut.surgery import (
-    TOLERANCE,
-    cut,
-    embed,
-    largest_difference,
-    masked,
-    norm_of,
-    prove,
-    relative_difference,
-    silenced,
-)
+from netslim.prune.cut.proof import TOLERANCE, largest_difference, prove, relative_difference
+from netslim.prune.cut.surgery import cut, embed, masked, norm_of, scales_of, silenced
 
 __all__ = [
     "TOLERANCE",
@@ -27,5 +18,6 @@ __all__ = [
     "norm_of",
     "prove",
     "relative_difference",
+    "scales_of",
     "silenced",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from netslim.prune.choose import Plan
-from netslim.prune.cut.resize import fitting_layers, sliced
+from netslim.prune.cut.resize import OWN, fitting_layers, sliced, trimmed
 
 
 def carry(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, plan: Plan) -> torch.optim.Optimizer:
@@ -30,10 +30,15 @@ def carry(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, 
                 f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not the model's; "
                 "carry the optimizer that trained this model"
             )
-        home, _, own = names[id(parameter)].rpartition(".")
+        name = names[id(parameter)]
+        home, _, own = name.rpartition(".")
         memo[id(parameter)] = small.get_submodule(f"{home}.norm" if home in surrounded else home).get_parameter(own)
-        if home in parts:
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                if home in layers and own in OWN:
                     memo[id(value)] = sliced(layers[home], own, value, parts[home])
+                for trim in (trim for trim in plan.trims if trim.name == name):
+                    whole = memo.get(id(value), value)
+                    assert isinstance(whole, Tensor), "so it is put there"
+                    memo[id(value)] = trimmed(whole, trim)
     return copy.deepcopy(optimizer, memo)

@@ -9,29 +9,49 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from netslim.prune.choose import Plan, Selection, Slice
+from netslim.prune.choose import Plan, Selection, Slice, Trim
 from netslim.prune.cut.select import ScatterChannels, SelectChannels
-from netslim.prune.map import CONVOLVING, NORMALISING, WEIGHTED, widths
+from netslim.prune.record import CONVOLVING, INSTANCE_NORMALISING, NORMALISING, WEIGHTED, tensor_of, weight_of, widths
+
+OWN = ("weight", "bias", "running_mean", "running_var")
+"""What a slice resizes of a layer, by the names that torch's own layers use."""
 
 
 def fitting_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Find the layers of the plan; ValueError if the model is not the one that it was made for."""
-    layers = dict(model.named_modules())
+    """Find the layers of the plan's slices that are modules; ValueError if it was not made for this model."""
+    modules, layers = dict(model.named_modules()), {}
     for kept in plan.layers:
-        norm = layers.get(kept.name)
-        if not isinstance(norm, NORMALISING):
+        norm, gamma = modules.get(kept.name), weight_of(model, kept.name)
+        have = widths(norm)[1] if isinstance(norm, NORMALISING) else 0 if gamma is None else len(gamma)
+        if not have:
             raise ValueError(f"the plan does not fit the network: it has no BatchNorm '{kept.name}'")
-        _check_width(kept.name, "channels", norm.num_features, kept.width)
+        _check_width(kept.name, "channels", have, kept.width)
+    for trim in plan.trims:
+        tensor = tensor_of(model, trim.name)
+        if tensor is None and isinstance(modules.get(trim.name), INSTANCE_NORMALISING):
+            continue
+        if tensor is None or tensor.dim() <= trim.dim:
+            raise ValueError(f"the plan does not fit the network: it has no parameter or buffer '{trim.name}'")
+        _check_width(trim.name, f"elements along dimension {trim.dim}", tensor.shape[trim.dim], trim.size)
     for part in plan.slices:
-        layer = layers.get(part.name)
-        if not isinstance(layer, WEIGHTED):
+        layer = modules.get(part.name)
+        if layer is None and part.name in plan.kept:
+            continue  # a BatchNorm whose tensors are trimmed one by one
+        if layer is None or not (isinstance(layer, WEIGHTED) or part.name in plan.kept):
             raise ValueError(f"the plan does not fit the network: it has no convolution or linear layer '{part.name}'")
+        layers[part.name] = layer
         num_inputs, num_outputs = widths(layer)
         _check_width(part.name, "inputs", num_inputs, part.num_inputs)
         _check_width(part.name, "outputs", num_outputs, part.num_outputs)
         if isinstance(layer, CONVOLVING) and layer.groups > 1:
             _check_groups(layer, part)
     return layers
+
+
+def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
+    """Name what a slice resizes of a layer."""
+    own = dict((*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)))
+    return {name: tensor for name, tensor in own.items() if name in OWN}
 
 
 def _check_groups(layer: nn.Module, part: Slice) -> None:
@@ -69,9 +89,24 @@ def resize(layer: nn.Module, part: Slice) -> None:
         if layer.groups > 1 and layer.groups == layer.in_channels:
             layer.groups = num_inputs
         layer.in_channels, layer.out_channels = num_inputs, num_outputs
-    else:
-        assert isinstance(layer, NORMALISING), "checked before"
-        layer.num_features = num_outputs
+    elif hasattr(layer, "num_features"):
+        layer.num_features = num_outputs  # type: ignore[assignment]  # of a class of the user's own
+
+
+def retell(small: nn.Module, trim: Trim) -> None:
+    """Let a module of torch's that is no layer say its new size, if it has one of the trimmed tensor's."""
+    told = tensor_of(small, trim.name) is None
+    module = small.get_submodule(trim.name if told else trim.name.rpartition(".")[0])
+    if isinstance(module, INSTANCE_NORMALISING):
+        module.num_features = len(trim.kept)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(trim.kept)
+
+
+def trimmed(tensor: Tensor, trim: Trim) -> Tensor:
+    """Take the kept elements along one dimension."""
+    values = _laid_out_like(tensor, tensor.detach().index_select(trim.dim, _index(trim.kept, tensor.device)))
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def surround(small: nn.Module, around: Selection) -> None:
@@ -88,6 +123,14 @@ def surround(small: nn.Module, around: Selection) -> None:
         for name, child in [*parent.named_children()]:
             if child is norm:
                 setattr(parent, name, sequence)
+
+
+def put_back(tensor: Tensor, trims: Sequence[Trim], values: Tensor) -> None:
+    """Put the values of a trimmed tensor where they were taken from, in place."""
+    places = [torch.arange(size, device=tensor.device) for size in tensor.shape]
+    for trim in trims:
+        places[trim.dim] = _index(trim.kept, tensor.device)
+    tensor[torch.meshgrid(*places, indexing="ij")] = values
 
 
 def scatter(layer: nn.Module, name: str, tensor: Tensor, part: Slice | None, values: Tensor) -> None:

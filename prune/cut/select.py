@@ -7,6 +7,13 @@ import torch
 from torch import Tensor, nn
 
 
+def chosen(x: Tensor, indices: Tensor) -> Tensor:
+    """Select channels of x (n, channels, ...); images whose channels lie last in memory stay so."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return x.permute(0, 2, 3, 1).index_select(3, indices).permute(0, 3, 1, 2)
+    return x.index_select(1, indices)
+
+
 class SelectChannels(nn.Module):
     """Passes on the channels of the given indices: (n, channels, ...) -> (n, len(indices), ...).
 
@@ -20,7 +27,7 @@ class SelectChannels(nn.Module):
         self.register_buffer("indices", torch.tensor(indices, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.indices)
+        return chosen(x, self.indices)
 
     def extra_repr(self) -> str:
         return f"{len(self.indices)} channels"
@@ -39,7 +46,7 @@ class ScatterChannels(nn.Module):
         self.register_buffer("sources", torch.tensor(sources, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, torch.zeros_like(x[:, :1])], 1).index_select(1, self.sources)
+        return chosen(torch.cat([x, torch.zeros_like(x[:, :1])], 1), self.sources)
 
     def extra_repr(self) -> str:
         return f"to {len(self.sources)} channels"

@@ -1,20 +1,28 @@
-"""The surgery: a plan applied to a network, and the proof that it does what it says."""
+"""The surgery: a plan applied to a network."""
 
 from __future__ import annotations
 
 import copy
-import math
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from netslim.prune.choose import Plan
-from netslim.prune.cut.resize import fitting_layers, resize, scatter, sliced, surround
-from netslim.prune.map import NORMALISING, leaves, replica
-
-TOLERANCE = 1e-5
-"""Largest accepted difference between the cut and the masked network, relative to max(1, largest |logit|)."""
+from netslim.prune.cut.resize import (
+    fitting_layers,
+    put_back,
+    resize,
+    retell,
+    scatter,
+    sliced,
+    surround,
+    tensors_of,
+    trimmed,
+)
+from netslim.prune.record import replica, tensor_of
 
 
 def cut(model: nn.Module, plan: Plan) -> nn.Module:
@@ -27,26 +35,56 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
     """
     layers = fitting_layers(model, plan)
     memo: dict[int, object] = {}
-    for part in plan.slices:
-        layer = layers[part.name]
-        for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
-            if tensor.dim():  # not num_batches_tracked
-                memo[id(tensor)] = sliced(layer, name, tensor, part)
+    parts = [part for part in plan.slices if part.name in layers]
+    for part in parts:
+        for name, tensor in tensors_of(layers[part.name]).items():
+            memo[id(tensor)] = sliced(layers[part.name], name, tensor, part)
+    for trim in plan.trims:
+        whole = tensor_of(model, trim.name)
+        if whole is None:
+            continue  # only told its size
+        before = memo.get(id(whole), whole)  # another dimension of it may be trimmed already
+        assert isinstance(before, Tensor), "so it is put there"
+        memo[id(whole)] = trimmed(before, trim)
     # the memo hands over the sliced weights, so the removed ones are never copied
     small = replica(model, memo)
-    for part in plan.slices:
+    for part in parts:
         resize(small.get_submodule(part.name), part)
+    for trim in plan.trims:
+        retell(small, trim)
     for around in plan.selections:
         surround(small, around)
     return small
 
 
-def norm_of(small: nn.Module, name: str) -> nn.modules.batchnorm._BatchNorm:
+class Scaled(Protocol):
+    """A BatchNorm by its name, as plans and channel maps have it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shift(self) -> str | None: ...
+
+
+def norm_of(small: nn.Module, name: str) -> nn.Module:
     """Find a BatchNorm in a cut network by its name in the uncut one: a selection may stand around it."""
     module = small.get_submodule(name)
-    norm = module if isinstance(module, NORMALISING) else module.get_submodule("norm")
-    assert isinstance(norm, NORMALISING), "so `surround` names it"
-    return norm
+    return module if "weight" in module._parameters else module.get_submodule("norm")
+
+
+def scales_of(network: nn.Module, layer: Scaled) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Find gamma and beta of a BatchNorm of a plan, in the cut network or in the uncut one.
+
+    A selection may stand around it in the cut one; a BatchNorm may have no beta.
+    """
+    if tensor_of(network, layer.name) is not None:
+        gamma, beta = tensor_of(network, layer.name), tensor_of(network, layer.shift or "")
+    else:
+        norm = norm_of(network, layer.name)
+        gamma, beta = norm._parameters["weight"], norm._parameters.get("bias")
+    assert isinstance(gamma, nn.Parameter), "a layer of the plan"
+    assert beta is None or isinstance(beta, nn.Parameter), "beside a gamma"
+    return gamma, beta
 
 
 @torch.no_grad()
@@ -59,12 +97,19 @@ def embed(model: nn.Module, small: nn.Module, plan: Plan) -> nn.Module:
     Raises: ValueError as `cut` does.
     """
     whole = masked(model, plan)
-    parts = {part.name: part for part in plan.slices}
+    parts, trims = {part.name: part for part in plan.slices}, defaultdict(list)
+    for trim in plan.trims:
+        trims[trim.name].append(trim)
+    norms = {around.name for around in plan.selections}
     for name, layer in whole.named_modules():
-        source = norm_of(small, name) if name in plan.kept else small.get_submodule(name)
+        source = small.get_submodule(f"{name}.norm" if name in norms else name)
         tensors = dict((*source.named_parameters(recurse=False), *source.named_buffers(recurse=False)))
         for key, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
-            scatter(layer, key, tensor, parts.get(name), tensors[key])
+            path = f"{name}.{key}" if name else key
+            if path in trims:
+                put_back(tensor, trims[path], tensors[key])
+            else:
+                scatter(layer, key, tensor, parts.get(name), tensors[key])
     return whole
 
 
@@ -79,77 +124,10 @@ def silenced(model: nn.Module, plan: Plan, names: Sequence[str]) -> nn.Module:
     twin = copy.deepcopy(model)
     for layer in plan.layers:
         gone = sorted(set(range(layer.width)) - set(layer.kept))
-        norm = twin.get_submodule(layer.name)
-        with torch.no_grad():
-            for name, parameter in norm.named_parameters(recurse=False):
-                if name in names:
-                    parameter[gone] = 0
+        if gone:
+            gamma, beta = scales_of(twin, layer)
+            with torch.no_grad():
+                for name, parameter in (("weight", gamma), ("bias", beta)):
+                    if name in names and parameter is not None:
+                        parameter[gone] = 0
     return twin
-
-
-def largest_difference(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> float:
-    """Measure max |small - masked(model)| over all outputs, relative to max(1, max |masked(model)|).
-
-    In eval mode and in float64, so that rounding cannot hide a wrong channel; float32 on devices without float64.
-
-    Args: example (n, 3, height, width); its device is where the two copies run.
-    """
-    dtype = _widest(example.device)
-    with torch.no_grad():
-        want = _outputs(masked(model, plan), example, dtype)
-        have = _outputs(copy.deepcopy(small), example, dtype)
-    return relative_difference(have, want)
-
-
-def relative_difference(have: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Measure max |have - want| over all tensors, relative to max(1, max |want|); infinite where one is not finite.
-
-    Raises: RuntimeError if there is nothing to compare, or shapes differ.
-    """
-    if not want or [t.shape for t in want] != [t.shape for t in have]:
-        raise RuntimeError("the network's outputs have other shapes than the original's")
-    scale = max([1.0, *(t.abs().max().item() for t in want)])
-    # against infinite or NaN logits nothing can be proved
-    differences = [
-        torch.nan_to_num(a - b, nan=math.inf, posinf=math.inf, neginf=-math.inf)
-        for a, b in zip(have, want, strict=True)
-    ]
-    return (
-        max(difference.abs().max().item() for difference in differences) / scale if math.isfinite(scale) else math.inf
-    )
-
-
-def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Tensor) -> float:
-    """Return `largest_difference`, or raise RuntimeError where it exceeds the tolerance: then the cut is wrong.
-
-    Raises: ValueError where the network's own outputs are NaN or infinite, so that there is nothing to compare with.
-    """
-    difference = largest_difference(model, small, plan, example)
-    if math.isinf(difference) and not _is_finite(masked(model, plan), example):
-        raise ValueError(
-            "the network's outputs are NaN or infinite, so no cut can be proved: its weights are damaged, or training "
-            "diverged; train again with a lower learning rate"
-        )
-    if not difference <= TOLERANCE:
-        raise RuntimeError(
-            f"the cut network differs from the masked one by {difference:.2g}, more than {TOLERANCE:g}: "
-            "the network does something that its channel map does not show; please report it with the network"
-        )
-    return difference
-
-
-@torch.no_grad()
-def _is_finite(twin: nn.Module, example: Tensor) -> bool:
-    return all(bool(torch.isfinite(output).all()) for output in _outputs(twin, example, _widest(example.device)))
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    try:
-        torch.zeros((), dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):  # Apple's GPUs
-        return torch.float32
-    return torch.float64
-
-
-def _outputs(model: nn.Module, example: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    return leaves(model.to(example.device, dtype).eval()(example.to(dtype)), Tensor)

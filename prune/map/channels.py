@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from netslim.prune.map import operations as ops
 from netslim.prune.map.classes import CONSTANT, Ints, merged
-from netslim.prune.map.copies import on_a_copy
 from netslim.prune.map.families import Family, families, table_of_families, table_of_norms
-from netslim.prune.map.flow import Flow
-from netslim.prune.map.layers import Coupling, Ends, Layer, few
-from netslim.prune.map.tracing import traces
+from netslim.prune.map.flow import Flow, follow
+from netslim.prune.map.layers import Coupling, Ends, Layer, Loose, few
+from netslim.prune.record import Example, Failed, check, on_a_copy, said, weight_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class ChannelMap:
     modules: tuple[Ends, ...]
     fixed: tuple[bool, ...]
     """True = the channel of this number stays."""
+    loose: tuple[Loose, ...] = ()
+    """Parameters and buffers of no layer of torch's, which shrink with the channels along one dimension or two."""
 
     def prunable(self, model: nn.Module, coupling: Coupling = "group") -> dict[str, Tensor]:
         """Map each BatchNorm with a removable gamma to its mask: (width,) bool, True = removable."""
@@ -50,13 +50,15 @@ class ChannelMap:
         """Map the name of each BatchNorm with a removable gamma to its gamma; ValueError if the model differs."""
         found: dict[str, nn.Parameter] = {}
         for layer in self.layers:
-            module = _submodule(model, layer.name)
-            if not isinstance(module, ops.NORMALISING) or module.num_features != layer.width:
+            gamma = weight_of(model, layer.name)
+            if gamma is None and not any(layer.removable(coupling)):
+                continue
+            if not isinstance(gamma, nn.Parameter) or len(gamma) != layer.width:
                 raise ValueError(
                     f"the channel map is of another network: no BatchNorm of {layer.width} at '{layer.name}'"
                 )
             if any(layer.removable(coupling)):
-                found[layer.name] = module.weight
+                found[layer.name] = gamma
         return found
 
     @cached_property
@@ -86,8 +88,10 @@ class ChannelMap:
         """Give the commonest reasons why channels are not removable under this coupling; empty if all are."""
         kept: Counter[str] = Counter()
         for layer in self.layers:
-            if coupling == "group" or not layer.selectable:
+            if coupling == "group":
                 kept.update(dict(layer.reasons))
+            else:
+                kept.update(why or _NOTHING for why, one in zip(layer.holds, layer.selects, strict=True) if not one)
         return few([f"{count} stay: {reason}" for reason, count in kept.most_common()], most=2, between="; ")
 
     def table(self) -> str:
@@ -98,64 +102,74 @@ class ChannelMap:
         return table_of_norms(self.layers, self.modules, self.count())
 
 
-def map_channels(model: nn.Module, example: Tensor, coupling: Coupling = "group") -> ChannelMap:
-    """Find out by torch.fx which channels belong together; the model is unchanged.
+def map_channels(model: nn.Module, example: Example, coupling: Coupling = "group") -> ChannelMap:
+    """Find out by a run of the network which channels belong together; the model is unchanged.
 
-    Labels of channels flow through the network's graph, so no architecture has to be known. A gamma is prunable if
-    nothing holds a channel of its class: every layer that mixes channels reads zeros there once all gammas and betas
-    of the class are zero, and no operation needs the channel for its number.
+    Labels of channels go through every torch function that its forward calls, in eval and in training mode, so no
+    architecture has to be known, and no layer by its class: layers are where parameters go into a convolution, a linear
+    function or a batch normalisation. A gamma is prunable if nothing holds a channel of its class: every layer that
+    mixes channels reads zeros there once all gammas and betas of the class are zero, and no function needs the channel
+    for its number. Where the two modes call different functions, what holds a channel in either holds it.
 
-    Args: example (n, 3, height, width), on the model's device and in its dtype; only its first image is used.
-    Raises: ValueError if torch.fx cannot trace the network, if the example does not fit, or if nothing is removable
-    under the coupling.
+    Args: example, as the network is called: images (n, 3, height, width), or a tuple, list or dictionary of arguments;
+    on the model's device and in its dtype.
+    Raises: ValueError if the network does not run on the example, or if nothing is removable under the coupling.
     """
-    if not any(isinstance(module, ops.NORMALISING) for module in model.modules()):
+    check(model, example)
+    try:
+        channels = on_a_copy(model, example, _map)
+    except Failed as failed:
+        raise ValueError(said(failed, example)) from failed.error
+    if not channels.layers:
         raise ValueError("the network has no BatchNorm layer, so there is no gamma to slim by")
-    if example.dim() < 2 or not example.numel():
-        raise ValueError(f"an example of shape {tuple(example.shape)} is no batch of images (n, 3, height, width)")
-    channels = _channels(on_a_copy(model, example[:1], _flow))
     if not any(any(layer.removable(coupling)) for layer in channels.layers):
         raise ValueError(f"no channel of the network is prunable: {channels.kept_by(coupling)}")
     return channels
 
 
-def _flow(model: nn.Module, example: Tensor) -> Flow:
-    found = traces(model)
-    flow = Flow(model, found.opaque)
-    for graph in found.graphs:
-        flow.run(graph, example)
-    return flow
+def _map(model: nn.Module, example: Example) -> ChannelMap:
+    return _numbered(follow(model, example))
 
 
-def _channels(flow: Flow) -> ChannelMap:
+def _numbered(flow: Flow) -> ChannelMap:
+    """Make the map of what a flow found out: numbers in place of labels."""
+    shrinking = flow.layers.settle()
     roots, (held, reasons) = flow.classes.roots(), flow.classes.holds()
-    uses = list(flow.uses.values())
-    ends = [(roots[use.inputs.numpy()], roots[use.outputs.numpy()]) for use in uses]
-    norms = [end for use, end in zip(uses, ends, strict=True) if use.normalises]
-    before, after = (np.concatenate(side) for side in zip(*norms, strict=True))
+    uses = [(name, use) for use in flow.layers.uses.values() for name in use.names]
+    ends = [(roots[use.inputs.numpy()], roots[use.outputs.numpy()]) for _, use in uses]
+    norms = [end for (_, use), end in zip(uses, ends, strict=True) if use.normalises]
+    before, after = (np.concatenate([_NONE, *side]) for side in (zip(*norms, strict=True) if norms else ((), ())))
     shared = merged(roots, before, after)  # a class: all channels that BatchNorms connect
     class_held = np.full_like(held, len(reasons))
     np.minimum.at(class_held, shared, held)
+    loose = {name: tuple(None if d is None else roots[d.numpy()] for d in dims) for name, dims in shrinking.items()}
     used = np.zeros(len(roots), bool)
-    used[np.concatenate([[CONSTANT], *(side for end in ends for side in end)])] = True
+    sides = (side for group in (ends, loose.values()) for each in group for side in each if side is not None)
+    used[np.concatenate([[CONSTANT], *sides])] = True
     number = used.cumsum() - 1  # few and small numbers for the map
+    free = np.zeros(len(roots), bool)  # a channel that can go, and that another layer has
+    others = [side for (_, use), both in zip(uses, ends, strict=True) for side in both if not use.normalises]
+    free[np.concatenate([_NONE, *others])] = True
+    free &= held == len(reasons)
     texts, layers = [*reasons, ""], []
-    for use, (inputs, outputs) in zip(uses, ends, strict=True):
-        if use.normalises:
+    for (name, use), (inputs, outputs) in zip(uses, ends, strict=True):
+        if use.normalises and name == use.names[0]:
             own = np.minimum(held[inputs], held[outputs])
             why = np.where(own < len(reasons), own, class_held[shared[inputs]])
             holds = tuple(map(texts.__getitem__, why.tolist()))
             classes = tuple(number[shared[inputs]].tolist())
-            layers.append(Layer(use.name, classes, holds, use.name not in flow.trouble))
-    numbered = {use.name: (number[inputs], number[outputs]) for use, (inputs, outputs) in zip(uses, ends, strict=True)}
-    modules = tuple(Ends(use.name, use.kind, *(tuple(side.tolist()) for side in numbered[use.name])) for use in uses)
-    channels = ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()))
-    vars(channels)["ends"] = numbered  # at hand: making arrays of the tuples again took a third of a plan's time
+            shrinks = (free[inputs] | free[outputs]) & use.is_selectable
+            layers.append(Layer(name, classes, holds, tuple(shrinks.tolist()), use.shift))
+    made = {name: (number[inputs], number[outputs]) for (name, _), (inputs, outputs) in zip(uses, ends, strict=True)}
+    modules = tuple(Ends(name, use.kind, *(tuple(side.tolist()) for side in made[name])) for name, use in uses)
+    shrunk = tuple(
+        Loose(name, tuple(None if d is None else tuple(number[d].tolist()) for d in dims))
+        for name, dims in loose.items()
+    )
+    channels = ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()), shrunk)
+    vars(channels)["ends"] = made  # at hand: making arrays of the tuples again took a third of a plan's time
     return channels
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+_NOTHING = "no layer would shrink with them"
+_NONE = np.zeros(0, np.int64)

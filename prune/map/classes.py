@@ -23,6 +23,7 @@ class Classes:
     def __init__(self) -> None:
         self.count = 0
         self._raw = np.zeros(1 << 12, np.int64)
+        self._free: list[tuple[int, int]] = []
         self._causes = ["", "not normalised"]
         self._root: Ints = np.zeros(0, np.int64)
         self._pairs: list[tuple[Ints, Ints]] = []
@@ -37,10 +38,28 @@ class Classes:
         self._raw[start : self.count] = raw
         return torch.arange(start, self.count, device="cpu")  # whatever the default device is
 
+    def of_parameter(self, shape: torch.Size) -> Tensor:
+        """Make a label for every element of a parameter: which of them are one channel, its readers tell."""
+        made = self.fresh(shape.numel(), UNNORMALISED)
+        self._free.append((self.count - shape.numel(), self.count))
+        return made.view(shape)
+
+    def is_free(self, labels: Tensor) -> bool:
+        """Tell whether these are labels of a parameter's elements, so that one channel may have many of them."""
+        if not self._free or not labels.numel():
+            return False
+        some = compact(labels)
+        low, high = int(some.min()), int(some.max())
+        return any(start <= low and high < end for start, end in self._free)
+
     def cause(self, text: str) -> int:
         """Note what makes values raw, and return its index."""
         self._causes.append(text)
         return len(self._causes) - 1
+
+    def text(self, cause: int) -> str:
+        """Give the text of what makes values raw."""
+        return self._causes[cause]
 
     def raw(self, labels: Tensor) -> Ints:
         """Look up, label by label, the index of what makes it raw; 0 = zero once removed."""
@@ -64,7 +83,7 @@ class Classes:
         """Let a layer that mixes channels read labels (count,): those that are raw have to stay."""
         raw = self.raw(labels)
         for cause in np.unique(raw[raw > 0]).tolist():
-            text = f"read before its BatchNorm by '{name}'" if cause == UNNORMALISED else self._causes[cause]
+            text = f"read before its BatchNorm by {name}" if cause == UNNORMALISED else self._causes[cause]
             self._holds.append((labels.numpy()[raw == cause], text))
 
     def roots(self) -> Ints:

@@ -1,216 +1,239 @@
-"""A network run on labels instead of numbers tells which values belong to which channel."""
+"""A network that runs with a label on every value tells which values belong to which channel."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch import Tensor, nn
 
+from netslim.prune.map import dimensions as dims
 from netslim.prune.map import operations as ops
-from netslim.prune.map.classes import CONSTANT, UNNORMALISED, Classes, along, line, varying
-from netslim.prune.map.moves import Count, Moves, leaves, sizes
-from netslim.prune.map.running import place_of, run_node
-from netslim.prune.map.values import averaged, filling, joined, padded, pooled, shifted
-
-
-@dataclass(frozen=True)
-class Use:
-    """The first call of a convolution, linear layer or BatchNorm: the labels that it reads and makes."""
-
-    name: str
-    kind: str
-    normalises: bool
-    inputs: Tensor  # (features,), CONSTANT where there is none that could be cut
-    outputs: Tensor  # (features,)
+from netslim.prune.map.binding import LAYERS, Binding
+from netslim.prune.map.classes import UNNORMALISED, Classes, along, varying
+from netslim.prune.map.counts import Count, parts_of
+from netslim.prune.map.moves import Moves
+from netslim.prune.map.operations import Labelled, Step
+from netslim.prune.map.values import channelless, elementwise, is_constant, no_channels, not_zero, raised, together
+from netslim.prune.record import (
+    Call,
+    Example,
+    Failed,
+    Record,
+    Recorder,
+    arguments,
+    doubled,
+    is_inplace,
+    line_of_user,
+    said,
+    tensors_of,
+)
 
 
 class Flow:
-    """Labels on their way through a traced network.
+    """Labels on their way through a network that runs.
 
     Every value carries an int64 tensor of its own shape. It is *tight*: expanded (stride 0) along each dimension in
     which the labels do not vary, so labels of large images cost no memory and the varying dimensions can be read off.
     """
 
-    def __init__(self, model: nn.Module, opaque: Mapping[str, str] | None = None) -> None:
-        self.model = model
-        self.opaque = opaque or {}
-        """Module that is called without a look inside -> why."""
+    def __init__(self, model: nn.Module) -> None:
         self.classes = Classes()
-        self.uses: dict[str, Use] = {}
-        self.trouble: dict[str, str] = {}
-        """Layer with weights -> why it cannot be resized."""
+        self.layers = Binding(model, self.classes)
+        self.notes: list[str] = []
+        """What was not looked at, in one line each."""
         self._moves = Moves(self.classes)
+        self._labels: dict[int, Tensor] = {}
+        self._loose: dict[int, tuple[str, torch.Size]] = {}
+        self._tainted: set[int] = set()
+        """Values that depend on the network's input."""
+        self._decisions: dict[str, str] = {}
+        """Module whose forward reads such values -> where."""
 
-    def run(self, graph: fx.Graph, example: Tensor) -> None:
-        """Run a graph on a batch of one image; a ValueError names the node at which the network itself fails.
+    def enters(self, number: int, value: Tensor, kind: str, name: str) -> None:
+        """Label a value that no call made."""
+        if kind == "input":
+            labels = self._labels[number] = self._channels_of(value)
+            self.classes.freeze(labels, "network input")
+            self._tainted.add(number)
+        elif name:
+            self._loose[number] = name, value.shape  # labelled where it is read outside a layer
+        else:
+            self._labels[number] = no_channels(value.shape)
 
-        Several graphs of one model may be run: what holds in any of them holds.
-        """
-        self.trouble |= _troubled_modules(self.model, graph)
-        modules = dict(self.model.named_modules())
-        values: dict[fx.Node, Any] = {}
-        labels: dict[fx.Node, Any] = {}
-        for node in graph.nodes:
-            module = modules[str(node.target)] if node.op == "call_module" else None
-            if node.op == "output":
-                self._freeze(fx.node.map_arg(node.args, labels.__getitem__), "network output")
-                break
-            values[node] = run_node(node, module, self.model, values, example)
-            self._keep_hidden(node, module)
-            labels[node] = self._label(node, module, values[node], labels)
-        self._moves.settle()
+    def sizes(self, number: int) -> tuple[int, ...] | None:
+        """Count the channels among the sizes of a value; None where there are none."""
+        labels = self._labels.get(number)
+        if labels is None or not varying(labels) or self.classes.is_free(labels):
+            return None
+        return self._moves.sizes(labels)
 
-    def _keep_hidden(self, node: fx.Node, module: nn.Module | None) -> None:
-        """Keep the layers that a node uses without calling them: what becomes of their channels is not seen."""
-        name = str(node.target)
-        if node.op == "get_attr":
-            owner = name.rpartition(".")[0]
-            layer = self.model.get_submodule(owner)
-            if isinstance(layer, ops.WEIGHTED):
-                self._keep(owner, layer, self.trouble[owner])
-        if module is None or (name not in self.opaque and not _is_whole(module)):
+    def leaves(self, record: Record) -> None:
+        """Keep what the network returns, and what is about a decision that it makes by values; the run is over."""
+        for number in record.results:
+            self.classes.freeze(self._of(number), "network output")
+        for home, why in self._decisions.items():
+            own = record.passages.get(home, ())
+            inside = (each for calls in record.passages.values() for each in calls if each.home == home)
+            calls = (call for call in record.calls if call.home == home)
+            for each in (*own, *inside, *calls):
+                for number in (*each.inputs, *each.outputs):
+                    self.classes.freeze(self._of(number), why)
+        self._moves.settle([(use.inputs, use.outputs) for use in self.layers.uses.values() if use.normalises])
+        self.layers.pass_by(record, self._labels)
+        self._labels, self._loose, self._tainted, self._decisions = {}, {}, set(), {}
+
+    def follows(
+        self,
+        call: Call,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        made: Sequence[Tensor],
+        recorder: Recorder,
+    ) -> None:
+        """Label what a call made."""
+        order = iter(call.inputs)
+        if not self._tainted.isdisjoint(call.inputs):
+            self._tainted.update(call.outputs)
+            if not made:
+                self._decisions.setdefault(call.home, f"{self._place(call)} decides by values")
+        layer = LAYERS.get(call.name)
+        if layer is not None:
+            self._bound(call, layer, args, kwargs, made[0])
             return
-        inside = {id(part) for part in module.modules()}
-        weights = {id(parameter) for parameter in module.parameters()}
-        why = self.opaque.get(name, f"inside '{name}', which is not known to keep channels apart")
-        for inner, layer in ops.layers_of(self.model).items():
-            if id(layer) in inside or any(id(own) in weights for own in layer.parameters(recurse=False)):
-                self._keep(inner, layer, why)
+        step = Step(
+            call.name,
+            function,
+            self._labelled(args, order),
+            self._labelled(kwargs, order),
+            [value.dtype for value in parts_of((args, kwargs), Tensor)],
+            [value.shape for value in made],
+            self._place(call),
+            call.home,
+        )
+        found, why = self._rule(step)
+        if found is not None and len(found) != len(made):
+            found, why = None, f"'{call.name}' with these arguments"
+        if why is not None:
+            why = why if step.place in why else f"{why} at {step.place}"
+            self._hold(call, (args, kwargs), why)
+        found = self._mixed(call, made, why or "") if found is None else found
+        if is_inplace(function) and found and call.inputs:
+            self._written(call, recorder, args[0], found[0], step.place)
+        for number, label in zip(call.outputs, found, strict=True):
+            self._labels[number] = label
 
-    def _keep(self, name: str, layer: nn.Module, why: str) -> None:
-        self.trouble.setdefault(name, why)
-        ends = [self.classes.fresh(width, UNNORMALISED) for width in ops.widths(layer)]
-        use = self.uses.setdefault(name, _use(name, layer, *ends))
-        self._freeze((use.inputs, use.outputs), why)
+    def _bound(self, call: Call, names: Sequence[str], args: Any, kwargs: Any, made: Tensor) -> None:
+        """Label what a layer with weights makes."""
+        numbers = {id(x): number for x, number in zip(tensors_of((args, kwargs)), call.inputs, strict=True)}
+        given = dict(zip(names, args, strict=False)) | kwargs
+        tensors = {key: numbers[id(x)] for key, x in given.items() if isinstance(x, Tensor)}
+        own = {key: self._loose[number][0] if number in self._loose else "" for key, number in tensors.items()}
+        labels = {key: self._of(n) for key, n in tensors.items() if key == "input" or not own[key]}
+        found, why = self.layers.bind(call, given, own, labels, made, self._place(call))
+        if why is not None:
+            self._hold(call, (args, kwargs), why)
+        self._labels[call.outputs[0]] = self._mixed(call, [made], why or "")[0] if found is None else found
 
-    def _freeze(self, value: Any, reason: str) -> None:
-        for tensor in leaves(value, Tensor):
-            self.classes.freeze(tensor, reason)
-        for count in leaves(value, Count):
-            self.classes.freeze(count.labels, reason)
+    def _rule(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
+        """Label what a function without weights makes, or say why its channels cannot be followed."""
+        name, operands = step.name, step.operands
+        if name in ops.FACTORIES or name in ops.SAMPLING:
+            return self._anew(step)
+        if not step.shapes:
+            for read in operands:
+                self.classes.freeze(read, f"values read by '{name}' at {step.place}")
+            return [], None
+        if all(map(is_constant, operands)) and not parts_of((step.args, step.kwargs), Count):
+            return [no_channels(shape) for shape in step.shapes], None
+        if name in ops.MOVING:
+            return self._moved(step)
+        if name == "instance_norm":
+            self.layers.tell(step.home, operands[0])
+        rule = _RULES.get(name)
+        if name in ("max", "min") and len(parts_of(step.args, Tensor)) == 1:
+            rule = dims.reduced
+        labels, why = rule(self.classes, step) if rule is not None else (None, _unknown(name))
+        return None if labels is None else [labels] * len(step.shapes), why
 
-    def _label(self, node: fx.Node, module: nn.Module | None, value: Any, labels: Any) -> Any:
-        shapes = leaves(value, Tensor)
-        if node.op == "placeholder" and shapes:
-            made = self._channels_of(value)
-            self._freeze(made, "network input")
-            return made
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), labels.__getitem__)
-        name = "" if node.op in ("placeholder", "get_attr") else ops.name_of(node, module)
-        if module is not None and (why := self.opaque.get(str(node.target))):
-            return self._opaque((args, kwargs), value, why)
-        if not shapes:
-            return self._number(node, name, args, kwargs, value)
-        if node.op == "get_attr":
-            return _filled(value, torch.tensor(CONSTANT, device="cpu"))
-        if isinstance(module, ops.WEIGHTED):
-            return self._bind(str(node.target), module, leaves((args, kwargs), Tensor)[0], value)
-        return self._through(node, module, name, args, kwargs, value)
+    def _moved(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
+        operands = step.operands
+        if step.name in ("cat", "stack"):
+            given = step.given("tensors", "dim")
+            dim = given.get("dim", given.get("axis", 0)) % len(step.shape)
+            parts = [part.unsqueeze(dim) for part in operands] if step.name == "stack" else operands
+            made = together(self.classes, parts, dim, step.shape)
+            if made is not None:
+                return [made], None
+        if step.name == "channel_shuffle":
+            shuffled, why = self._moves.shuffle(step)
+            return None if shuffled is None else [shuffled], why
+        if step.name in ("expand", "broadcast_to") and not varying(operands[0]):
+            asked = self._moves.asked("expand", step.args, step.kwargs)
+            if any(isinstance(size, Count) for size in asked):
+                made = self._moves.counted(asked, step.shape, UNNORMALISED)
+                return (None, "computed from the number of channels") if made is None else ([made], None)
+        if not any(map(varying, operands)) and len(operands) == 1 and step.name not in ops.RESHAPING:
+            single, why = channelless(operands, torch.Size((1,)))
+            return None if single is None else [single[0].expand(shape) for shape in step.shapes], why
+        return self._moves.move(step)
 
-    def _number(self, node: fx.Node, name: str, args: Any, kwargs: Any, value: Any) -> Any:
-        """Follow numbers of channels through arithmetic."""
-        if name in ("size", "getattr shape") and isinstance(args[0], Tensor):
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None) if name == "size" else None
-            return sizes(args[0]) if dim is None else sizes(args[0])[dim]
-        if ops.reads_no_values(name):
-            return value
-        if node.target in ops.COUNTING and not leaves((args, kwargs), Tensor):
-            return node.target(*args, **kwargs)
-        self._freeze((args, kwargs), f"values read by '{place_of(node)}'")
+    def _anew(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
+        """Label what is made of sizes: a constant, unless channels are counted for it."""
+        args = step.args
+        if step.name in ops.SAMPLING and args and isinstance(args[0], Tensor) and varying(args[0]):
+            return [raised(self.classes, args[0], not_zero(step))], None
+        if not parts_of((args, step.kwargs), Count):
+            return [no_channels(shape) for shape in step.shapes], None
+        rest = [part for part in args if not isinstance(part, Tensor)]
+        asked = step.kwargs.get("size", rest[0] if rest and isinstance(rest[0], (tuple, list)) else rest)
+        counted = self._moves.counted(asked, step.shape, 0 if step.name.endswith("zeros") else UNNORMALISED)
+        return (None, "computed from the number of channels") if counted is None else ([counted], None)
+
+    def _written(self, call: Call, recorder: Recorder, value: Tensor, labels: Tensor, place: str) -> None:
+        """Keep the channels of tensors that are written into through another one, unless nothing came of it."""
+        if labels is self._of(call.inputs[0]):
+            return
+        for number in recorder.shares_memory(value, call.outputs[0]):
+            if number in self._labels and not is_constant(self._labels[number]):
+                for each in (self._labels[number], labels):
+                    self.classes.freeze(each, f"'{call.name}' writes into a part of another tensor at {place}")
+
+    def _labelled(self, value: Any, order: Any) -> Any:
+        """Put labels in place of the tensors of a call's arguments."""
+        if isinstance(value, Tensor):
+            return self._of(next(order))
+        if isinstance(value, torch.Size):
+            return tuple(value)
+        if isinstance(value, (tuple, list)):
+            parts = [self._labelled(part, order) for part in value]
+            return parts if isinstance(value, list) else tuple(parts)
+        if isinstance(value, dict):
+            return {key: self._labelled(part, order) for key, part in value.items()}
         return value
 
-    def _bind(self, name: str, module: nn.Module, inputs: Tensor, value: Tensor) -> Tensor:
-        """Let a layer with weights read its input's labels and make new ones for its output."""
-        dim = inputs.dim() - 1 if isinstance(module, nn.Linear) else inputs.dim() - _num_trailing(module, inputs) - 1
-        if varying(inputs) <= {dim}:
-            features = line(inputs, dim).clone()
-        else:
-            self._freeze(inputs, f"'{name}' reads several channels as one")
-            features = torch.full((inputs.shape[dim],), CONSTANT, device="cpu")
-        outputs = self._made(name, module, features, value.shape[dim])
-        if name in self.trouble:
-            self._freeze((features, outputs), self.trouble[name])
-        first = self.uses.setdefault(name, _use(name, module, features, outputs))
-        if first.outputs is not outputs:  # in another graph, or once more in this one
-            self.classes.join(first.inputs, features)
-            self.classes.join(first.outputs, outputs)
-        return along(outputs, dim, value.shape)
+    def _of(self, number: int) -> Tensor:
+        """Look up the labels of a value; an element of a parameter that is read outside a layer gets one of its own."""
+        labels = self._labels.get(number)
+        return self.layers.elements(*self._loose[number]) if labels is None else labels
 
-    def _made(self, name: str, module: nn.Module, features: Tensor, count: int) -> Tensor:
-        """Make the labels of a layer's output (count,), and bind what its groups bind."""
-        classes = self.classes
-        if isinstance(module, ops.NORMALISING):
-            return classes.fresh(count)  # zero once gamma and beta are
-        groups = module.groups if isinstance(module, ops.CONVOLVING) else 1
-        if isinstance(module, ops.CONVOLVING) and groups == module.in_channels and groups > 1:
-            sources = features.repeat_interleave(count // groups)
-            bias = classes.cause(f"'{name}' adds a bias") if module.bias is not None else 0
-            made = classes.fresh(count, np.where(classes.raw(sources) > 0, classes.raw(sources), bias))
-            classes.join(sources, made)
-            return made
-        classes.read(features, name)
-        made = classes.fresh(count, UNNORMALISED)
-        if groups > 1:  # the groups stay, and stay equal
-            for ends in (features, made):
-                parts = ends.view(groups, -1)
-                classes.join(parts, parts[:1].expand_as(parts))
-        return made
+    def _hold(self, call: Call, value: Any, why: str) -> None:
+        """Keep the channels of all that goes into a call, and the parameters among it."""
+        for number in call.inputs:
+            if number in self._loose:
+                self.layers.held.setdefault(self._loose[number][0], why)
+            else:
+                self.classes.freeze(self._of(number), why)
+        for count in parts_of(value, Count):
+            self.classes.freeze(count.labels, why)
 
-    def _through(self, node: fx.Node, module: nn.Module | None, name: str, args: Any, kwargs: Any, value: Any) -> Any:
-        """Follow labels through an operation without weights; what is not known to keep channels apart freezes them."""
-        if name == "getitem" and not isinstance(args[0], Tensor):
-            return args[0][args[1]]
-        made, why = self._followed(node, module, name, args, kwargs, value)
-        if why is None:
-            return made
-        mixed = self._mixed((args, kwargs), value, f"{why} at '{place_of(node)}'")
-        return mixed if made is None else made
-
-    def _followed(
-        self, node: fx.Node, module: nn.Module | None, name: str, args: Any, kwargs: Any, value: Any
-    ) -> tuple[Any, str | None]:
-        """Label the value of an operation without weights, or say why its channels cannot be followed."""
-        unknown = f"operation '{name}' is not known to keep channels apart"
-        if name in ops.MOVING:
-            return self._moves.move(node, module, name, args, kwargs, value)
-        if name in ops.JOINING and isinstance(value, Tensor):
-            return joined(self.classes, name, args, kwargs, value, place_of(node))
-        inputs: list[Tensor] = leaves((args, kwargs), Tensor)
-        if not isinstance(value, Tensor) or len(inputs) != 1 or leaves((args, kwargs), Count):
-            return None, unknown
-        (labels,) = inputs
-        if name in ops.PASSING or name in ops.SHIFTING or name in ops.LIMITING:
-            as_zero = ops.keeps_zero(node, name, module, args, kwargs)
-            return labels if as_zero else shifted(self.classes, labels, name, place_of(node)), None
-        if name in ops.POOLING:
-            return pooled(labels, ops.POOLING[name], value.shape)
-        if name == "interpolate":
-            return pooled(labels, labels.dim() - 2, value.shape)
-        if name in ops.AVERAGING:
-            return averaged(name, args, kwargs)
-        if name == "pad":
-            amounts, fill = filling(module, args, kwargs)
-            made, why = padded(labels, amounts, fill, value.shape)
-            return shifted(self.classes, made, name, place_of(node)) if made is not None and fill else made, why
-        if name == "channel_shuffle":
-            groups: Any = module.groups if module is not None else kwargs.get("groups", args[-1])
-            return self._moves.shuffle(labels, groups)
-        if isinstance(module, nn.PReLU):
-            return None, "a slope per channel"
-        return None, unknown
-
-    def _opaque(self, inputs: Any, value: Any, why: str) -> Any:
-        """Keep what goes into an opaque module and what comes out; so that what meets that stays for this reason."""
-        self._freeze(inputs, why)
-        made = map_aggregate(value, lambda leaf: self._channels_of(leaf) if isinstance(leaf, Tensor) else leaf)
-        self._freeze(made, why)
-        return made
+    def _mixed(self, call: Call, made: Sequence[Tensor], why: str) -> list[Tensor]:
+        """Label what comes out of a call that no channel can be followed through."""
+        joint = self.classes.fresh(1, UNNORMALISED)
+        self.classes.freeze(joint, why)
+        return [joint[0].expand(value.shape) for value in made]
 
     def _channels_of(self, value: Tensor) -> Tensor:
         """Make labels for the channels of a value (n, channels, ...)."""
@@ -218,55 +241,55 @@ class Flow:
             return self.classes.fresh(1, UNNORMALISED)[0].expand(value.shape)
         return along(self.classes.fresh(value.shape[1], UNNORMALISED), 1, value.shape)
 
-    def _mixed(self, inputs: Any, value: Any, why: str) -> Any:
-        """Keep all that goes into an operation and all that comes out of it."""
-        joint = self.classes.fresh(1, UNNORMALISED)
-        self._freeze((inputs, joint), why)
-        return _filled(value, joint[0])
+    def _place(self, call: Call) -> str:
+        where = line_of_user()
+        if not call.home:
+            return where or "its forward"
+        return f"'{call.home}' ({where})" if where else f"'{call.home}'"
 
 
-def _is_whole(module: nn.Module) -> bool:
-    """Tell whether a module that is called holds others, which the graph then does not show."""
-    return not isinstance(module, ops.WEIGHTED) and next(module.children(), None) is not None
+def follow(model: nn.Module, example: Example, *, watch: bool = False) -> Flow:
+    """Run a copy of a network in both modes, and follow its labels; what holds in either mode holds.
+
+    Where values come up that nothing accounts for, it runs again, watched for compiled code.
+
+    Raises: `Failed` where it does not run in eval mode.
+    """
+    flow, wide = Flow(model), doubled(example)
+    first = Recorder(model.eval(), flow, watch=watch)
+    calls = first.run(*arguments(example)).calls
+    second = Recorder(model.train())
+    try:
+        if second.run(*arguments(wide)).calls != calls:
+            second = Recorder(model, flow, watch=watch)
+            second.run(*arguments(wide))
+    except Failed as failed:
+        if tensors_of(example)[0].is_meta:
+            raise  # with numbers it may run
+        flow.notes.append(f"training mode was not looked at: {said(failed, wide)}")
+    if not watch and (first.has_strangers or second.has_strangers):
+        return follow(model, example, watch=True)
+    return flow
 
 
-def _use(name: str, layer: nn.Module, inputs: Tensor, outputs: Tensor) -> Use:
-    return Use(name, type(layer).__name__, isinstance(layer, ops.NORMALISING), inputs, outputs)
+def _unknown(name: str) -> str:
+    return f"operation '{name}' is not known to keep channels apart"
 
 
-def _troubled_modules(model: nn.Module, graph: fx.Graph) -> dict[str, str]:
-    """Name the layers that cannot be resized, with the reason."""
-    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    owners: dict[int, str] = {}
-    trouble: dict[str, str] = {}
-    for name, layer in ops.layers_of(model).items():
-        own = dict(layer.named_parameters(recurse=False))
-        twins = [owners.setdefault(id(parameter), name) for parameter in own.values()]
-        others = [other for other in twins if other != name]
-        if others:
-            trouble[name] = f"'{name}' and '{others[0]}' share a parameter"
-            trouble.setdefault(others[0], trouble[name])
-        if calls[name] > 1:
-            trouble[name] = f"module used more than once '{name}'"
-        elif name in read:
-            trouble[name] = f"a parameter of '{name}' is read outside it"
-        elif isinstance(layer, ops.NORMALISING) and not layer.affine:
-            trouble[name] = f"BatchNorm '{name}' has no gamma (affine=False)"
-        elif not ops.is_plain(layer) or not {"weight"} <= own.keys() <= {"weight", "bias"}:
-            trouble[name] = f"'{name}' computes its weight from other tensors"
-        elif isinstance(layer, ops.CONVOLVING) and layer.groups > 1 and layer.transposed:
-            trouble[name] = f"grouped transposed convolution '{name}'"
-    return trouble
-
-
-def _num_trailing(module: nn.Module, inputs: Tensor) -> int:
-    """Count the spatial dimensions behind the channel's."""
-    if isinstance(module, ops.CONVOLVING):
-        return len(module.kernel_size)
-    return inputs.dim() - 2  # BatchNorm: (n, channels, ...)
-
-
-def _filled(value: Any, label: Tensor) -> Any:
-    """Give every tensor of a value one and the same label."""
-    return map_aggregate(value, lambda leaf: label.expand(leaf.shape) if isinstance(leaf, Tensor) else leaf)
+_RULES: dict[str, Callable[[Classes, Step], Labelled]] = dict.fromkeys(ops.ELEMENTWISE, elementwise)
+_RULES |= dict.fromkeys((*ops.LOCAL, "interpolate"), dims.pooled)
+_RULES |= dict.fromkeys(ops.REDUCING - ops.ELEMENTWISE, dims.reduced)
+_RULES |= dict.fromkeys(("softmax", "log_softmax", "softmin"), dims.softened)
+_RULES |= dict.fromkeys(("grid_sample", "grid_sampler", "roi_align", "roi_pool"), dims.sampled)
+_RULES |= {
+    "pad": dims.padded,
+    "unfold": dims.unfolded,
+    "pixel_shuffle": dims.shuffled,
+    "pixel_unshuffle": dims.shuffled,
+    "glu": dims.gated,
+    "cumsum": dims.summed_up,
+    "normalize": dims.normalised,
+    "instance_norm": dims.instance_normalised,
+    "matmul": dims.matrix_product,
+    "scaled_dot_product_attention": dims.attention,
+}

@@ -22,8 +22,11 @@ class Layer:
     """(width,): gammas of equal number, in any layer, share channels, so that only together they leave no trace."""
     holds: tuple[str, ...]
     """(width,): why the channel stays; empty = it can be removed together with all gammas of its class."""
-    selectable: bool
-    """Whether the gammas can be removed one by one, with index selections before or after the BatchNorm."""
+    selects: tuple[bool, ...]
+    """(width,): whether the gamma can be removed by itself, with index selections around the BatchNorm, and a layer
+    beside it shrinks with it."""
+    shift: str | None = None
+    """The parameter that is the beta, where the BatchNorm is no module of torch's form; `name` is then the gamma's."""
 
     @property
     def width(self) -> int:
@@ -33,6 +36,11 @@ class Layer:
     def prunable(self) -> tuple[bool, ...]:
         """Tell for each channel, (width,), whether it can be removed."""
         return tuple(map(operator.not_, self.holds))
+
+    @property
+    def selectable(self) -> bool:
+        """Tell whether gammas can be removed one by one."""
+        return any(self.selects)
 
     @property
     def num_prunable(self) -> int:
@@ -45,7 +53,7 @@ class Layer:
 
     def removable(self, coupling: Coupling) -> tuple[bool, ...]:
         """Tell for each gamma, (width,), whether it can be removed under this coupling."""
-        return self.prunable if coupling == "group" else (self.selectable,) * self.width
+        return self.prunable if coupling == "group" else self.selects
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,15 @@ class Ends:
     """The type of the layer, as in `Conv2d`."""
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Loose:
+    """A parameter or buffer that no layer of torch's form resizes, and the channels along its dimensions."""
+
+    name: str
+    dims: tuple[tuple[int, ...] | None, ...]
+    """Per dimension the numbers of its channels; None, as for dimensions that are left out, = it stays."""
 
 
 def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:

@@ -1,116 +1,132 @@
-"""Operations that move data, executed on labels; and what makes them do the same once channels are gone."""
+"""Functions that move data, executed on labels; and what makes them do the same once channels are gone."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch import Tensor
 
-from netslim.prune.map import operations as ops
-from netslim.prune.map.classes import Classes, along, compact, distinct, line, tight, varying
-
-Leaf = TypeVar("Leaf")
-
-
-class Count(int):
-    """A number of channels that the network reads off a tensor: it shrinks with the channels that it counts."""
-
-    labels: Tensor  # (channels,)
-    share: Fraction  # the number, divided by that of the labels
-
-    def __new__(cls, value: int, labels: Tensor, share: Fraction = Fraction(1)) -> Count:
-        self = super().__new__(cls, value)
-        self.labels, self.share = labels, share
-        return self
-
-    def __mul__(self, other: int) -> int:
-        return Count(int(self) * other, self.labels, self.share * other) if type(other) is int else NotImplemented
-
-    __rmul__ = __mul__
-
-    def __floordiv__(self, other: int) -> int:
-        whole = type(other) is int and other > 0 and int(self) % other == 0
-        return Count(int(self) // other, self.labels, self.share / other) if whole else int(self) // other
-
-
-def sizes(labels: Tensor) -> tuple[int, ...]:
-    """Give the shape of a value, the dimensions that hold channels as counts of these."""
-    vary = varying(labels)
-    return tuple(Count(n, line(labels, d)) if d in vary else n for d, n in enumerate(labels.shape))
-
-
-def leaves(value: Any, kind: type[Leaf]) -> list[Leaf]:
-    """List the tensors, or counts, anywhere in a value: one, or a structure of several."""
-    found: list[Leaf] = []
-    map_aggregate(value, lambda leaf: found.append(leaf) if isinstance(leaf, kind) else None)
-    return found
+from netslim.prune.map.classes import Classes, Ints, along, compact, distinct, line, merged, tight, varying
+from netslim.prune.map.counts import Count, parts_of
+from netslim.prune.map.operations import CHOOSING, RESHAPING, Labelled, Step, to_labels
+from netslim.prune.record import line_of_user
 
 
 class Moves:
-    """Follows labels through operations that move data, and remembers the counts of channels to check at the end."""
+    """Follows labels through functions that move data, and remembers the counts of channels to check at the end."""
 
     def __init__(self, classes: Classes) -> None:
         self.classes = classes
-        self._promises: list[tuple[Count, Tensor, str]] = []
+        self._promises: list[tuple[Count, Tensor, Fraction, str]] = []
+        self._answers: list[tuple[Tensor, str]] = []
 
-    def move(
-        self, node: fx.Node, module: nn.Module | None, name: str, args: Any, kwargs: Any, value: Any
-    ) -> tuple[Any, str | None]:
-        """Execute the operation on the labels; say why if it would do something else once channels are gone."""
+    def sizes(self, labels: Tensor) -> tuple[int, ...]:
+        """Give the shape of a value, the dimensions that hold channels as counts of these."""
+        vary = varying(labels)
+        return tuple(Count(n, line(labels, d), self) if d in vary else n for d, n in enumerate(labels.shape))
+
+    def compared(self, count: Count, other: object) -> None:
+        """Learn that the network compares a number of channels: the answer has to stay what it is.
+
+        Compared with zero it does: every layer keeps a channel.
+        """
+        if not isinstance(other, int) or (not isinstance(other, Count) and other <= 0):
+            return
+        if _asks_itself():
+            return
+        where = line_of_user()
+        why = f"its number of channels is compared{' at ' * bool(where)}{where}"
+        if isinstance(other, Count):
+            self._promises.append((count, other.labels, other.share, why))
+        else:
+            self._answers.append((count.labels, why))
+
+    def move(self, step: Step) -> tuple[list[Tensor] | None, str | None]:
+        """Execute the function on the labels; say why if it would do something else once channels are gone."""
+        name, args, kwargs = step.name, step.args, step.kwargs
         try:
-            made = ops.apply_to_labels(node, name, module, args, kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError):
+            result = to_labels(step)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
             return None, f"'{name}' with these arguments"
-        made = map_aggregate(made, lambda t: tight(t) if isinstance(t, Tensor) else t)
-        before, after = leaves((args, kwargs), Tensor), leaves(made, Tensor)
-        if [t.shape for t in after] != [t.shape for t in leaves(value, Tensor)]:
+        before, after = step.operands, [tight(t) for t in parts_of(result, Tensor)]
+        if [t.shape for t in after] != list(step.shapes):
             return None, f"'{name}' with these arguments"
         why = None
-        if name == "squeeze" and len(args) + len(kwargs) == 1:
+        if name == "squeeze" and len(args) + len(kwargs) == 1 and varying(before[0]):
             why = "'squeeze' without a dimension (it would drop a single channel; use flatten(1))"
-        elif name in ops.RESHAPING and name != "flatten" and module is None:
-            why = self._reshaped(name, _asked_sizes(args, kwargs), after[0])
-        elif name in ops.CHOOSING:
+        elif name in RESHAPING and name != "flatten":
+            why = self._reshaped(name, self.asked(name, args, kwargs), after[0], step.place)
+        elif name in CHOOSING:
             why = self._chosen(name, args, kwargs, before[0], after)
         if why is None and any(len(self._spread(t)) > 1 for t in (*before, *after)):
             why = f"'{name}' lays channels over two dimensions"
-        return made, why
+        return after, why
 
-    def shuffle(self, labels: Tensor, groups: int) -> tuple[Tensor | None, str | None]:
+    def counted(self, shape: Sequence[Any], value: torch.Size, raw: int) -> Tensor | None:
+        """Label what is made anew in the sizes given: as many channels as are counted; None where none are."""
+        if len(shape) != len(value) or any(count.share != 1 for count in shape if isinstance(count, Count)):
+            return None
+        dims = [dim for dim, size in enumerate(shape) if isinstance(size, Count)]
+        if len(dims) != 1:
+            return None
+        counted = shape[dims[0]].labels
+        made = self.classes.fresh(len(counted), raw)
+        self.classes.join(counted, made)
+        return along(made, dims[0], value)
+
+    def shuffle(self, step: Step) -> Labelled:
         """Take labels through a shuffle of equal groups of channels, which stay equal."""
+        labels, groups = step.operands[0], step.given("input", "groups")["groups"]
         if varying(labels) != {1} or isinstance(groups, Count):
             return None, "'channel_shuffle' of something else than whole channels"
         parts = line(labels, 1).view(groups, -1)
         self.classes.join(parts, parts[:1].expand_as(parts))
         return along(parts.t().flatten(), 1, labels.shape), None
 
-    def settle(self) -> None:
-        """Keep the channels whose number the network computes from that of other channels."""
+    def settle(self, norms: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keep the channels whose number the network computes from that of other channels.
+
+        Args: norms, the labels before and after each BatchNorm: where it reads all that another one makes, their
+        number is the same if they are one channel.
+        """
+        sides = [np.concatenate([part.numpy() for part in side]) for side in zip(*norms, strict=True)] or [_NONE, _NONE]
+        connected = merged(self.classes.roots(), *sides)
+        for count, labels, _, _ in self._promises:
+            before, after = count.labels.numpy(), labels.numpy()
+            if before.shape == after.shape and np.array_equal(connected[before], connected[after]):
+                self.classes.join(count.labels, labels)
         roots = self.classes.roots()
-        for count, labels, place in self._promises:
+        for count, labels, share, place in self._promises:
             counted, laid = roots[count.labels.numpy()], roots[labels.numpy()]
             low = min(int(counted.min()), int(laid.min()))
             tally = np.bincount(counted - low, minlength=int(laid.max()) - low + 1)
             other = np.bincount(laid - low, minlength=len(tally))
-            if not np.array_equal(tally * count.share.numerator, other * count.share.denominator):
+            ratio = count.share / share
+            if not np.array_equal(tally * ratio.numerator, other * ratio.denominator):
                 for part in (count.labels, labels):
-                    self.classes.freeze(part, f"{place} counts other channels")
+                    self.classes.freeze(part, place)
+        for labels, why in self._answers:
+            self.classes.freeze(labels, why)
+        self._promises, self._answers = [], []
 
     def _spread(self, labels: Tensor) -> set[int]:
-        """Name the dimensions along which channels vary that do not live or die together."""
-        if len(varying(labels)) < 2:
-            return varying(labels)
+        vary = varying(labels)
+        if len(vary) < 2 or self.classes.is_free(labels):
+            return set() if len(vary) > 1 else vary
         return varying(tight(torch.from_numpy(self.classes.roots()[labels.numpy()])))
 
-    def _reshaped(self, name: str, asked: Sequence[Any], labels: Tensor) -> str | None:
+    def _reshaped(self, name: str, asked: Sequence[Any], labels: Tensor, place: str) -> str | None:
         """Bind channels along dimensions whose size is written down; one dimension may shrink with its channels."""
         vary = varying(labels)
         written = {d for d in vary if d < len(asked) and not isinstance(asked[d], Count) and asked[d] != -1}
+        if self.classes.is_free(labels):
+            return None
         if len(vary) == 1 and written:
             return f"the number of channels is written into '{name}' (use flatten(1) or -1)"
         for dim in written if len(vary - written) == 1 else ():
@@ -120,32 +136,94 @@ class Moves:
             return f"'{name}' lays channels over two dimensions"
         for dim in vary - written:
             if isinstance(asked[dim], Count):
-                self._promises.append((asked[dim], line(labels, dim), f"'{name}'"))
+                why = f"'{name}' counts other channels at {place}"
+                self._promises.append((asked[dim], line(labels, dim), Fraction(1), why))
         return None
 
     def _chosen(self, name: str, args: Any, kwargs: Any, labels: Tensor, after: list[Tensor]) -> str | None:
         """Bind the parts of a chunk or split in equal parts; other choices along the channels freeze them."""
-        if name == "getitem" and not _is_plain_index(args[1]):
+        if name == "getitem" and not _is_plain_index(args[1]) and not self._stands_apart(args[1], labels):
             return "'getitem' chooses by a list or tensor"
         whole = distinct(labels)
-        if all(np.array_equal(distinct(t), whole) for t in after):
+        if name == "roll":
+            dims = (*args[2:], *kwargs.get("dims", ()))
+            flat = dims[0] if dims and isinstance(dims[0], (tuple, list)) else dims
+            if flat and not varying(labels) & {dim % labels.dim() for dim in flat}:
+                return None
+        elif all(np.array_equal(distinct(t), whole) for t in after):
+            return None
+        if self._is_alike(labels, after):
             return None
         size = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
         equal = len(after) > 1 and len({t.shape for t in after}) == 1
-        if name == "getitem" or not equal or (name == "split" and not isinstance(size, Count)):
+        counted = isinstance(size, Count) or (
+            isinstance(size, (list, tuple)) and bool(size) and all(isinstance(part, Count) for part in size)
+        )
+        if name not in ("chunk", "split", "split_with_sizes", "tensor_split") or not equal:
+            return f"'{name}' chooses channels by position"
+        if name in ("split", "split_with_sizes") and not counted:
             return f"'{name}' chooses channels by position"
         for part in after[1:]:
             self.classes.join(compact(after[0]), compact(part))
-        if isinstance(size, Count) and name == "split":
-            self._promises.append((size, compact(after[0]).flatten(), f"'{name}'"))
+        for one in parts_of(size, Count) if name.startswith("split") else ():
+            self._promises.append((one, compact(after[0]).flatten(), Fraction(1), f"'{name}' counts other channels"))
         return None
 
+    def _stands_apart(self, index: Any, labels: Tensor) -> bool:
+        """Tell whether lists or tensors choose among places alone: dimensions before and after hold the channels."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(part is None or part is Ellipsis for part in parts):
+            return False
+        vary = varying(labels)
+        chosen = {d for d, part in enumerate(parts) if not isinstance(part, (int, slice))}
+        if any(isinstance(part, Tensor) and part.dim() > 1 and part.dtype == torch.bool for part in parts):
+            return False
+        return not chosen & vary and len(parts) <= labels.dim()
 
-def _asked_sizes(args: Any, kwargs: Any) -> Sequence[Any]:
-    asked = kwargs.get("shape", kwargs.get("size", args[1:]))
-    if len(asked) == 1 and isinstance(asked[0], (tuple, list)):
-        asked = asked[0]
-    return tuple(asked)
+    def _is_alike(self, labels: Tensor, after: Sequence[Tensor]) -> bool:
+        """Tell whether the channels left out are of the classes of those that were chosen, in equal number each.
+
+        So it is where a dimension of written size holds channels that live or die together.
+        """
+        if len(varying(labels)) < 2:
+            return False
+        roots = self.classes.roots()
+        want, counts = np.unique(roots[compact(labels).flatten().numpy()], return_counts=True)
+        for part in after:
+            have, some = np.unique(roots[compact(part).flatten().numpy()], return_counts=True)
+            if not np.array_equal(want, have) or len(np.unique(counts / some)) > 1:
+                return False
+        return True
+
+    def asked(self, name: str, args: Any, kwargs: Any) -> Sequence[Any]:
+        """List the sizes that were asked for, by dimension of the result; -1 = it follows from the others."""
+        if name.endswith("_as"):
+            return self.sizes(args[1])
+        if name == "unflatten":
+            dim, sizes = (*args[1:], *(kwargs[key] for key in ("dim", "sizes") if key in kwargs))
+            dim %= args[0].dim()
+            return (*(-1,) * dim, *sizes, *(-1,) * (args[0].dim() - dim - 1))
+        asked = kwargs.get("shape", kwargs.get("size", args[1:]))
+        if len(asked) == 1 and isinstance(asked[0], (tuple, list)):
+            asked = asked[0]
+        if name == "expand":  # only what it makes larger is asked for
+            before = (1,) * (len(asked) - args[0].dim()) + tuple(args[0].shape)
+            return tuple(-1 if old == int(new) else new for old, new in zip(before, asked, strict=False))
+        return tuple(asked)
+
+
+_NONE: Ints = np.zeros(0, np.int64)
+
+
+def _asks_itself() -> bool:
+    """Tell whether it is a module of torch's that compares, with a size that a cut tells it anew."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename == Count.__eq__.__code__.co_filename:
+        frame = frame.f_back
+    return frame.f_code.co_filename.endswith(_TOLD)
+
+
+_TOLD = os.path.join("torch", "nn", "modules", "instancenorm.py")
 
 
 def _is_plain_index(index: Any) -> bool:

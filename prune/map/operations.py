@@ -1,201 +1,114 @@
-"""What the channel map knows about torch's operations, asked by function object, never by a user's name for it."""
+"""What the channel map knows about torch's functions, by the names of the record."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-# Reading these of a value tells nothing about its channels.
-METADATA = frozenset({"size", "dim", "ndimension", "numel", "element_size", "is_floating_point", "stride"})
-ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "layout"})
+from netslim.prune.map.counts import parts_of
+from netslim.prune.record import is_inplace, words
 
-# Of two numbers; on a number of channels the result is one again, or a plain number.
-COUNTING = (operator.mul, operator.floordiv, operator.getitem)
-
-RESHAPING = frozenset({"view", "reshape", "flatten"})
-CHOOSING = frozenset({"chunk", "split", "getitem"})
-ORDERING = frozenset({"permute", "transpose", "cat", "concat", "concatenate", "squeeze", "unsqueeze"})
+RESHAPING = words("view reshape flatten unflatten expand view_as reshape_as expand_as")
+# By where a channel stands: what stood there is another one once some are gone.
+CHOOSING = words(
+    "chunk split split_with_sizes tensor_split getitem select narrow unbind index_select roll hsplit vsplit "
+    "dsplit take_along_dim"
+)
+ORDERING = words(
+    "permute transpose t get_T get_mT movedim flip fliplr flipud rot90 cat stack hstack vstack dstack "
+    "squeeze unsqueeze repeat tile repeat_interleave broadcast_to ravel channel_shuffle native_channel_shuffle"
+)
 MOVING = RESHAPING | CHOOSING | ORDERING
 
-# f(0) = 0, element by element: a channel of zeros stays one.
-_ACTIVATING = {
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "silu",
-    "gelu",
-    "hardswish",
-    "tanh",
-    "elu",
-    "selu",
-    "celu",
-    "mish",
-    "softsign",
-    "softshrink",
-    "hardshrink",
-    "tanhshrink",
-    "abs",
-    "neg",
-    "square",
-    "sqrt",
+COPYING = words(
+    "detach clone contiguous to float double half bfloat16 cpu cuda type type_as get_data get_real alias dropout "
+    "dropout1d dropout2d dropout3d feature_dropout native_dropout identity get_H"
+)
+ELEMENTWISE = COPYING | words(
+    "relu relu6 leaky_relu rrelu prelu silu gelu hardswish hardsigmoid hardtanh tanh elu selu celu mish softsign "
+    "softshrink hardshrink tanhshrink sigmoid softplus logsigmoid threshold clamp clamp_min clamp_max abs neg positive "
+    "square sqrt rsqrt reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh asinh acosh "
+    "atanh erf erfc erfinv sign sgn floor ceil round trunc frac nan_to_num pow rpow add sub rsub mul div rdiv rtruediv "
+    "floor_divide remainder fmod maximum minimum fmax fmin max min atan2 hypot lerp addcmul addcdiv where masked_fill "
+    "eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not logical_xor bitwise_not xlogy "
+    "alpha_dropout feature_alpha_dropout zeros_like ones_like full_like rand_like randn_like empty_like zero fill "
+    "float_power copysign heaviside deg2rad rad2deg logit sinc dequantize int long bool"
+)
+# Random, so that trying them on a zero tells nothing.
+RANDOM = words("alpha_dropout feature_alpha_dropout rand_like randn_like empty_like rrelu")
+SAMPLING = words("bernoulli normal uniform exponential random randint_like geometric cauchy log_normal")
+FACTORIES = words(
+    "zeros ones empty full rand randn randint new_zeros new_ones new_empty new_full new_tensor arange linspace tensor "
+    "as_tensor eye empty_strided randperm scalar_tensor from_numpy range logspace tril_indices triu_indices "
+    "get_default_device meshgrid empty_permuted new_empty_strided sparse_coo_tensor"
+)
+# name -> number of trailing dimensions over which places are mixed, each channel by itself
+LOCAL = {
+    f"{kind}_pool{n}d{more}": n
+    for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp")
+    for n in (1, 2, 3)
+    for more in ("", "_with_indices")
 }
-COPYING = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "detach", "clone", "contiguous"})
-PASSING = COPYING | _ACTIVATING
-# Element by element too, but f(0) is another number.
-SHIFTING = frozenset({"sigmoid", "hardsigmoid", "softplus", "exp", "cos"})
-# Element by element; whether f(0) = 0 depends on the limits.
-LIMITING = frozenset({"hardtanh", "clamp", "clip", "threshold"})
-# Two values, element by element.
-JOINING = frozenset({"add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv"})
-SCALING = frozenset({"mul", "imul", "div", "truediv", "itruediv"})
-POOLING = {
-    f"{kind}_pool{n}d": n for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)
-}  # name -> number of trailing dimensions that are pooled
-AVERAGING = frozenset({"mean", "sum", "amax", "amin"})
-# f(s x) = s f(x) for s > 0.
-HOMOGENEOUS = RESHAPING | COPYING | set(POOLING) | {"relu", "leaky_relu", "mean", "index_select"}
-OTHERS = frozenset({"interpolate", "pad", "channel_shuffle"})
-
-NORMALISING = nn.modules.batchnorm._BatchNorm  # 1d, 2d, 3d and SyncBatchNorm
-CONVOLVING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-PRODUCING = (*CONVOLVING, nn.Linear)
-WEIGHTED = (NORMALISING, *PRODUCING)
-_MODULES: dict[type[nn.Module], str] = {
-    nn.Identity: "clone",
-    nn.Flatten: "flatten",
-    nn.Dropout: "dropout",
-    nn.Dropout1d: "dropout",
-    nn.Dropout2d: "dropout",
-    nn.Dropout3d: "dropout",
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-    nn.Hardswish: "hardswish",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.Softplus: "softplus",
-    nn.ELU: "elu",
-    nn.SELU: "selu",
-    nn.CELU: "celu",
-    nn.Mish: "mish",
-    nn.Softsign: "softsign",
-    nn.Hardtanh: "hardtanh",
-    nn.Threshold: "threshold",
-    nn.Softshrink: "softshrink",
-    nn.Hardshrink: "hardshrink",
-    nn.Tanhshrink: "tanhshrink",
-    nn.Upsample: "interpolate",
-    nn.UpsamplingNearest2d: "interpolate",
-    nn.UpsamplingBilinear2d: "interpolate",
-    nn.ChannelShuffle: "channel_shuffle",
-    nn.MaxPool1d: "max_pool1d",
-    nn.MaxPool2d: "max_pool2d",
-    nn.MaxPool3d: "max_pool3d",
-    nn.AvgPool1d: "avg_pool1d",
-    nn.AvgPool2d: "avg_pool2d",
-    nn.AvgPool3d: "avg_pool3d",
-    nn.AdaptiveAvgPool1d: "adaptive_avg_pool1d",
-    nn.AdaptiveAvgPool2d: "adaptive_avg_pool2d",
-    nn.AdaptiveAvgPool3d: "adaptive_avg_pool3d",
-    nn.AdaptiveMaxPool1d: "adaptive_max_pool1d",
-    nn.AdaptiveMaxPool2d: "adaptive_max_pool2d",
-    nn.AdaptiveMaxPool3d: "adaptive_max_pool3d",
-}
-_PADS = ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")
-_MODULES |= {getattr(nn, f"{kind}{n}d"): "pad" for kind in _PADS for n in (1, 2, 3)}
-_KNOWN = MOVING | PASSING | SHIFTING | LIMITING | JOINING | set(POOLING) | AVERAGING | OTHERS
-_ELSEWHERE = {("torchvision.ops.stochastic_depth", "stochastic_depth"): "dropout"}  # torch.fx.wrap makes it a leaf
+REDUCING = words("mean sum amax amin max min norm std var linalg_vector_norm count_nonzero nansum nanmean")
 
 
-def _named_functions() -> dict[Callable[..., Any], str]:
-    names: dict[Callable[..., Any], str] = {}
-    for home in (torch, F, operator):
-        for name in sorted(_KNOWN):
-            for spelling in (name, f"{name}_"):
-                function = getattr(home, spelling, None)
-                if callable(function):
-                    names.setdefault(function, name)
-    return names
+@dataclass(frozen=True)
+class Step:
+    """One call of a function without weights, with labels in place of the values that went in."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kinds: Sequence[torch.dtype]
+    """Of the values that went in."""
+    shapes: Sequence[torch.Size]
+    """Of the values that came out."""
+    place: str
+    """The module, and file:line of the network's code."""
+
+    home: str
+    """The module in whose forward it was called."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the first value that came out."""
+        return self.shapes[0]
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The labels of all values that went in."""
+        found: list[Tensor] = parts_of((self.args, self.kwargs), Tensor)
+        return found
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Name the arguments."""
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
 
 
-_FUNCTIONS = _named_functions()
+Labelled = tuple[Tensor | None, str | None]
+"""The labels of a result, and why what went in has to stay; None = known, and need not."""
 
 
-def name_of(node: fx.Node, module: nn.Module | None) -> str:
-    """Name the operation of a node as the sets above do, in-place ones alike; an unknown one as it is written."""
-    if module is not None:
-        if type(module) is nn.PReLU and module.num_parameters == 1:
-            return "leaky_relu"  # with a slope that is learnt
-        # Exact types: a subclass may compute anything.
-        return _MODULES.get(type(module), type(module).__name__)
-    if node.op == "call_method":
-        return str(node.target).removesuffix("_")
-    assert callable(node.target), "fx: every other call is one of a function"
-    if node.target is getattr:
-        return f"getattr {node.args[1]}"
-    known = _FUNCTIONS.get(node.target)
-    if known is None:
-        word = getattr(node.target, "__name__", str(node.target))
-        known = _ELSEWHERE.get((getattr(node.target, "__module__", ""), word), f"{word} (function)")
-    return known
+def to_labels(step: Step) -> Any:
+    """Execute a moving function on labels in place of values; nothing is written in place."""
+    if step.name in ("view", "reshape"):  # labels are stored expanded, which view refuses
+        return Tensor.reshape(*step.args, **step.kwargs)
+    if step.name == "view_as":
+        return Tensor.reshape_as(*step.args, **step.kwargs)
+    if is_inplace(step.function):
+        return getattr(Tensor, step.name)(*step.args, **step.kwargs)
+    return step.function(*step.args, **step.kwargs)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Tell whether a layer computes exactly what torch's own convolution, linear layer or BatchNorm does."""
-    kind = type(module)
-    for base in (*PRODUCING, nn.BatchNorm1d, nn.SyncBatchNorm):  # BatchNorm1d, 2d and 3d share one forward
-        inner = "_conv_forward" if hasattr(base, "_conv_forward") else "forward"
-        if kind.forward is base.forward and getattr(kind, inner, None) is getattr(base, inner):
-            return True
-    return False
-
-
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Name every convolution, linear layer and BatchNorm of a network."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
-
-
-def widths(layer: nn.Module) -> tuple[int, int]:
-    """Count the features at the two ends of a convolution, linear layer or BatchNorm: inputs, outputs."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, CONVOLVING):
-        return layer.in_channels, layer.out_channels
-    assert isinstance(layer, NORMALISING), "nothing else has weights that are cut"
-    return layer.num_features, layer.num_features
-
-
-def reads_no_values(name: str) -> bool:
-    """Tell whether an operation looks at a tensor's shape or kind alone."""
-    return name in METADATA or name.removeprefix("getattr ") in ATTRIBUTES
-
-
-def keeps_zero(node: fx.Node, name: str, module: nn.Module | None, args: Any, kwargs: Any) -> bool:
-    """Tell whether an element-by-element operation leaves a channel of zeros one; its limits are tried on a zero."""
-    if name not in LIMITING:
-        return name in PASSING
-    rest = {key: value for key, value in kwargs.items() if key not in ("input", "inplace")}
+def stays_zero(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Try an element-by-element function on the values given: are all results zero?"""
     try:
-        return not apply_to_labels(node, name, module, (torch.zeros(1), *args[1:]), rest).any()
-    except (RuntimeError, TypeError):  # limits that are tensors
+        result = function(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError):
         return False
-
-
-def apply_to_labels(node: fx.Node, name: str, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
-    """Execute a moving operation on label tensors."""
-    if module is not None:
-        return module.forward(*args, **kwargs)
-    if name == "view":  # labels are stored expanded, which view refuses
-        return Tensor.reshape(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(Tensor, str(node.target))(*args, **kwargs)
-    assert callable(node.target), "fx: every other call is one of a function"
-    return node.target(*args, **kwargs)
+    return isinstance(result, Tensor) and not bool(torch.isnan(result.double()).any() or result.any())

@@ -1,7 +1,4 @@
-"""Operations that compute new values of channels: element by element where channels meet, or over places.
-
-What keeps channels apart gives labels; what does not gives none, and says why.
-"""
+"""Functions that compute each element by itself: where channels meet, they are one from then on."""
 
 from __future__ import annotations
 
@@ -10,58 +7,72 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from netslim.prune.map import operations as ops
-from netslim.prune.map.classes import CONSTANT, Classes, compact, varying
-from netslim.prune.map.moves import Count
+from netslim.prune.map.classes import CONSTANT, Classes, Ints, compact, varying
+from netslim.prune.map.counts import Count, parts_of
+from netslim.prune.map.operations import COPYING, RANDOM, Labelled, Step
 
 
-def joined(
-    classes: Classes, name: str, args: Any, kwargs: Any, value: Tensor, place: str
-) -> tuple[Tensor | None, str | None]:
-    """Take labels through a sum, difference, product or quotient: channels that meet live or die together."""
-    left, right = (*args, *(kwargs[key] for key in ("input", "other") if key in kwargs))[:2]
-    if isinstance(left, Count) or isinstance(right, Count):
+def elementwise(classes: Classes, step: Step) -> Labelled:
+    """Take labels through a function that computes each element by itself: channels that meet live or die together.
+
+    Whether a channel of zeros stays one is tried: on zeros in its place, and any numbers where the others are.
+    """
+    if parts_of((step.args, step.kwargs), Count):
         return None, "computed from the number of channels"
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
-        labels = left if isinstance(left, Tensor) else right
-        if name in ops.SCALING and (isinstance(left, Tensor) or "mul" in name):
-            return labels, None
-        return _raised(classes, labels, f"a number is added or divided at '{place}'"), None
-    a, b = torch.broadcast_tensors(left, right)  # type: ignore[no-untyped-call]
-    if varying(a) != varying(b) or a.shape != value.shape:
-        return _spread_over(classes, name, left, right, place)
-    a, b = compact(a), compact(b)
-    classes.join(a, b)
-    raw_a, raw_b = classes.raw(a.flatten()), classes.raw(b.flatten())
-    raw = np.where(raw_a > 0, raw_a, raw_b)
-    if name in ops.SCALING:  # 0 times anything is 0; 0 divided by 0 is not
-        raw = np.where((raw_a > 0) & ((raw_b > 0) | ("mul" not in name)), raw_a, 0)
-        if "mul" not in name:
-            raw = np.where(raw_b > 0, raw, classes.cause(f"divided by a channel that becomes zero at '{place}'"))
-    made = classes.fresh(a.numel(), raw).view(a.shape)
-    classes.join(a, made)
-    return made.expand(value.shape), None
+    shape, operands = step.shape, step.operands
+    if step.name == "prelu" and operands[1].dim() == 1:
+        operands[1] = operands[1].view(-1, *(1,) * (operands[0].dim() - 2))
+    try:
+        wide = [operand.expand(shape) for operand in operands]
+    except RuntimeError:
+        return None, f"'{step.name}' with these arguments"
+    free = [classes.is_free(operand) for operand in operands]
+    holding = [n for n, labels in enumerate(wide) if varying(labels) and not free[n]]
+    if not holding:
+        holding = [n for n, labels in enumerate(wide) if varying(labels)]
+    if not holding:
+        return channelless(operands, shape)
+    deep = varying(wide[holding[0]])
+    if any(varying(wide[n]) != deep for n in holding):
+        return None, f"'{step.name}' of values with different channels"
+    met = [*holding]
+    for n in (n for n in range(len(wide)) if n not in holding):
+        sizes = [_size_at(operands[n], dim - len(shape)) for dim in deep]
+        if all(size == 1 for size in sizes):
+            if not is_constant(operands[n]):
+                classes.freeze(operands[n], f"one value for many channels at {step.place}")
+        elif free[n]:
+            _bind(classes, wide[holding[0]], wide[n], deep)
+            met.append(n)
+        else:
+            return None, f"'{step.name}' of values with different channels"
+    first = compact(wide[holding[0]])
+    for n in holding[1:]:
+        classes.join(first, compact(wide[n]))
+    raws = [classes.raw(compact(wide[n]).flatten()) if n in holding else np.ones(first.numel(), np.int64) for n in met]
+    raw = _rawness(classes, step, met, raws)
+    if len(met) == 1 and (raw == raws[0]).all():
+        return wide[met[0]], None
+    made = classes.fresh(first.numel(), raw).view(first.shape)
+    classes.join(first, made)
+    return made.expand(shape), None
 
 
-def _spread_over(
-    classes: Classes, name: str, left: Tensor, right: Tensor, place: str
-) -> tuple[Tensor | None, str | None]:
-    """Join channels with one value for them all, which has to stay: a gate over places, a learnt scale."""
-    wide, narrow = (left, right) if varying(left) else (right, left)
-    shape = (1,) * (wide.dim() - narrow.dim()) + tuple(narrow.shape)
-    if varying(narrow) or wide.dim() < narrow.dim() or any(shape[d] != 1 for d in varying(wide)):
-        return None, f"'{name}' of values with different channels"
-    classes.freeze(narrow, f"one value for many channels at '{place}'")
-    shape = torch.broadcast_shapes(wide.shape, narrow.shape)  # type: ignore[no-untyped-call]
-    if "mul" in name or (name in ops.SCALING and wide is left):
-        return wide.expand(shape), None
-    return _raised(classes, wide.expand(shape), f"'{name}' of one value to many channels at '{place}'"), None
+def together(classes: Classes, parts: Sequence[Tensor], dim: int, shape: torch.Size) -> Tensor | None:
+    """Lay values side by side along a dimension that holds no channels: theirs are the same, one by one."""
+    deep = varying(parts[0])
+    lines = [compact(part) for part in parts]
+    if not deep or dim in deep or any(each.shape != lines[0].shape for each in lines):
+        return None
+    made = classes.fresh(lines[0].numel(), np.max([classes.raw(each.flatten()) for each in lines], 0))
+    for each in lines:
+        classes.join(each.flatten(), made)
+    return made.view(lines[0].shape).expand(shape)
 
 
-def _raised(classes: Classes, labels: Tensor, cause: str) -> Tensor:
+def raised(classes: Classes, labels: Tensor, cause: str) -> Tensor:
     """Label values that go with these channels and are not zero when they are."""
     some = compact(labels)
     made = classes.fresh(some.numel(), classes.cause(cause)).view(some.shape)
@@ -69,54 +80,83 @@ def _raised(classes: Classes, labels: Tensor, cause: str) -> Tensor:
     return made.expand(labels.shape)
 
 
-def shifted(classes: Classes, labels: Tensor, name: str, place: str) -> Tensor:
-    """Label what an operation that is not zero at zero makes of these channels."""
-    return _raised(classes, labels, f"operation '{name}' is not zero at zero at '{place}'")
+def not_zero(step: Step) -> str:
+    """Say that a function makes something of zeros."""
+    return f"operation '{step.name}' is not zero at zero at {step.place}"
 
 
-def pooled(labels: Tensor, num_dims: int, shape: Sequence[int]) -> tuple[Tensor | None, str | None]:
-    """Change the sizes of the last dimensions, which may hold no channels."""
-    kept = labels.dim() - num_dims
-    if any(dim >= kept for dim in varying(labels)):
-        return None, "channels pooled together"
-    for dim in range(kept, labels.dim()):
-        labels = labels.narrow(dim, 0, 1)
-    return labels.expand(shape), None
+def is_constant(labels: Tensor) -> bool:
+    """Tell whether no label is one of a channel."""
+    return not labels.numel() or bool((compact(labels) == CONSTANT).all())
 
 
-def averaged(name: str, args: Any, kwargs: Any) -> tuple[Tensor | None, str | None]:
-    """Take labels through a mean or sum, which may not be one over channels."""
-    labels: Tensor = args[0] if args else kwargs["input"]
-    dims = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis"))
-    keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
-    dims = range(labels.dim()) if dims is None else (dims,) if isinstance(dims, int) else dims or range(labels.dim())
-    gone = {dim % labels.dim() for dim in dims}
-    if gone & varying(labels):
-        return None, f"'{name}' over channels"
-    for dim in sorted(gone, reverse=True):
-        labels = labels.narrow(dim, 0, 1) if keepdim else labels.select(dim, 0)
-    return labels, None
+def no_channels(shape: torch.Size) -> Tensor:
+    """Label a value that holds no channels."""
+    return torch.tensor(CONSTANT, device="cpu").expand(shape)
 
 
-def filling(module: nn.Module | None, args: Any, kwargs: Any) -> tuple[Sequence[int], float | None]:
-    """Read off a padding its amounts, from the last dimension on, and the number it fills in; None = copies."""
-    if module is not None:
-        return module.padding, getattr(module, "value", None)  # type: ignore[return-value]
-    given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
-    return given["pad"], None if given.get("mode", "constant") != "constant" else given.get("value") or 0
+def channelless(operands: Sequence[Tensor], shape: torch.Size) -> Labelled:
+    """Label what is made of values without dimensions of channels; such a value may be a channel by itself."""
+    known = [operand for operand in operands if not is_constant(operand)]
+    if not known:
+        return no_channels(shape), None
+    if len(operands) == 1:
+        return compact(known[0]).flatten()[0].expand(shape), None
+    return None, "a single value"
 
 
-def padded(
-    labels: Tensor, amounts: Sequence[int], fill: float | None, shape: Sequence[int]
-) -> tuple[Tensor | None, str | None]:
-    """Pad places with anything, and channels with zeros, which are no channels."""
-    vary = varying(labels)
-    ends = {labels.dim() - 1 - order: amounts[2 * order : 2 * order + 2] for order in range(len(amounts) // 2)}
-    deep = {dim: tuple(ends[dim]) for dim in vary & ends.keys() if any(ends[dim])}
-    if deep and (fill != 0 or min(min(pair) for pair in deep.values()) < 0):
-        return None, "'pad' copies or cuts off channels, or makes some of a number"
+def _size_at(labels: Tensor, dim: int) -> int:
+    """Give a size by its dimension from the right, negative; 1 where there is none."""
+    return labels.shape[dim] if -dim <= labels.dim() else 1
+
+
+def _bind(classes: Classes, labels: Tensor, parameter: Tensor, deep: set[int]) -> None:
+    """Let the elements of a parameter belong to the channels that they meet."""
     for dim in range(labels.dim()):
-        if dim not in vary:
-            labels = labels.narrow(dim, 0, 1)
-    labels = F.pad(labels, [n for dim in reversed(range(labels.dim())) for n in deep.get(dim, (0, 0))], value=CONSTANT)
-    return labels.expand(shape), None
+        if dim not in deep and parameter.stride(dim) == 0:
+            parameter = parameter.narrow(dim, 0, min(1, parameter.shape[dim]))
+    classes.join(compact(labels).expand(parameter.shape), parameter)
+
+
+def _rawness(classes: Classes, step: Step, met: Sequence[int], raws: Sequence[Ints]) -> Ints:
+    """Say of each channel what makes it raw, (channels,), 0 = it stays zero; met: the operands that have it."""
+    if step.name in COPYING:
+        return raws[0]
+    patterns = sum((flags > 0).astype(np.int64) << order for order, flags in enumerate(raws))
+    every: Ints = np.max(raws, 0)
+    made, cause = np.zeros_like(every), 0
+    for pattern in np.unique(patterns).tolist():
+        here = patterns == pattern
+        zeros = [n for order, n in enumerate(met) if not pattern >> order & 1]
+        if zeros and step.name not in RANDOM and _is_zero(step, zeros):
+            continue
+        if not every[here].all():
+            cause = cause or classes.cause(not_zero(step))
+        made[here] = np.where(every[here] > 0, every[here], cause)
+    return made
+
+
+def _is_zero(step: Step, zeros: Sequence[int]) -> bool:
+    """Try the function on zeros for these operands, and on any numbers for the others."""
+    if step.name == "prelu":
+        return 0 in zeros  # its slopes are one for each channel, which a single row of values has not
+    order = -1
+
+    def tried(value: Any) -> Any:
+        nonlocal order
+        if isinstance(value, Tensor):
+            order += 1
+            kind = step.kinds[order]
+            return torch.zeros(4, dtype=kind, device="cpu") if order in zeros else _ANY.to(kind)
+        if type(value) in (tuple, list):
+            return type(value)(map(tried, value))
+        return {key: tried(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+    try:
+        result = step.function(*tried(step.args), **tried(step.kwargs))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(result, Tensor) and not bool(torch.isnan(result.double()).any() or result.any())
+
+
+_ANY = torch.tensor([1.0, -1.0, 2.0, 0.0], device="cpu")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from netslim.prune.choose import Plan, Slice
 from netslim.prune.cut import silenced
-from netslim.prune.map import norms_after, traces
+from netslim.prune.record import Questions, recorded
 from netslim.prune.repair.reconstruction import add_constant
 
 _SAME = 1e-5
@@ -28,7 +28,7 @@ def absorb(model: nn.Module, small: nn.Module, plan: Plan, images: Tensor) -> li
     Args: images (2 or more, 3, height, width), of which constants are told from values; any will do.
     Returns: the names of the layers that took in something.
     """
-    norms, taken = norms_after(small, traces(small).graphs[0]), []
+    norms, taken = Questions(small, recorded(small, images)).norms_after, []
     for part, shift in _shifts(silenced(model, plan, ("weight",)).eval(), plan, images):
         layer = small.get_submodule(part.name)
         assert isinstance(layer, nn.Conv2d | nn.Linear), "asked before"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from netslim.prune.map import NORMALISING, called_once, norms_after, readers_of_norms, traces
+from netslim.prune.record import NORMALISING, Questions, recorded
 from netslim.prune.repair.calibration import Calibration
 from netslim.prune.repair.recalibration import input_statistics
 
@@ -31,11 +31,11 @@ def balance(network: nn.Module, calibration: Calibration) -> None:
 
     Scales go past ReLUs, pooling and flattening, not past sums or other activations; what they cannot reach stays.
     """
-    graph = traces(network).graphs[0]
-    once, readers = called_once(network, graph), readers_of_norms(network, graph)
+    asked = Questions(network, recorded(network, calibration.example))
+    once, readers = asked.called_once, asked.readers_of_norms
     layer_of = {
         norm: layer
-        for name, norm in norms_after(network, graph).items()
+        for name, norm in asked.norms_after.items()
         if norm.affine and isinstance(layer := once[name], nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     }
     normalised = set(layer_of.values())

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from netslim.prune.map import CONSTANT, ChannelMap, Coupling, Ints, called_once, norms_after, traces
+from netslim.prune.map import CONSTANT, ChannelMap, Coupling, Ints
+from netslim.prune.record import Questions, recorded
 from netslim.prune.repair.calibration import Calibration
 from netslim.prune.repair.reconstruction import check_finite, samples_of
 from netslim.prune.repair.ridge import Moments
@@ -103,8 +104,8 @@ def _units(channels: ChannelMap, coupling: Coupling) -> Ints:
 
 def _read(model: nn.Module, channels: ChannelMap, unit_of: Ints, calibration: Calibration) -> list[_Reader]:
     """Find the layers that read what can go, and the second moments of their inputs."""
-    graph = traces(model).graphs[0]
-    once, norms = called_once(model, graph), norms_after(model, graph)
+    asked = Questions(model, recorded(model, calibration.example))
+    once, norms = asked.called_once, asked.norms_after
     layers = {
         end.name: (layer, unit_of[list(end.inputs)])
         for end in channels.modules

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from netslim.prune.map import NORMALISING
+from netslim.prune.record import NORMALISING
 from netslim.prune.repair.calibration import Calibration
 
 

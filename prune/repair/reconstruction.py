@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from netslim.prune.choose import Plan
-from netslim.prune.map import called_once, norms_after, rectified, traces
+from netslim.prune.record import Questions, recorded
 from netslim.prune.repair.calibration import Calibration
 from netslim.prune.repair.hinge import Hinge, Rows, refine
 from netslim.prune.repair.ridge import Moments, solve
@@ -39,12 +39,10 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Cal
     Returns: the names of the layers that were solved.
     Raises: ValueError if there are fewer images than a layer needs, or if activations are not finite.
     """
-    graph = traces(small).graphs[0]
+    asked = Questions(small, recorded(small, calibration.example))
     kept = {part.name: part.outputs for part in plan.slices}
-    norms, zeroed, solved = norms_after(small, graph), rectified(small, graph), []
-    layers = {
-        name: layer for name, layer in called_once(small, graph).items() if isinstance(layer, nn.Conv2d | nn.Linear)
-    }
+    norms, zeroed, solved = asked.norms_after, asked.rectified, []
+    layers = {name: layer for name, layer in asked.called_once.items() if isinstance(layer, nn.Conv2d | nn.Linear)}
     model.eval()
     for number, (name, layer) in enumerate(calibration.show(layers.items(), "reconstructing")):
         norm = norms.get(name)

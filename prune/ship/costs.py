@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from netslim.prune.map import on_a_copy
+from netslim.prune.record import Example, call, on_a_copy, tensors_of
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,21 @@ class Cost:
     macs: int
 
 
-def cost(model: nn.Module, example: Tensor) -> Cost:
+def cost(model: nn.Module, example: Example) -> Cost:
     """Count a network's parameters and, in eval mode, its multiply-accumulates per image; the model is unchanged.
 
     Convolutions and matrix products count; biases, BatchNorm and activations do not, as in the papers' tables.
 
-    Args: example (n, 3, height, width) on the model's device and in its dtype.
+    Args: example, as the network is called: images (n, 3, height, width), or arguments whose first tensor counts them;
+    on the model's device and in its dtype.
     """
     flops = on_a_copy(model, example, _flops)
-    return Cost(params=sum(p.numel() for p in model.parameters()), macs=flops // 2 // example.shape[0])
+    return Cost(
+        params=sum(p.numel() for p in model.parameters()), macs=flops // 2 // max(1, len(tensors_of(example)[0]))
+    )
 
 
-def _flops(model: nn.Module, example: Tensor) -> int:
+def _flops(model: nn.Module, example: Example) -> int:
     with FlopCounterMode(display=False) as counter:
-        model(example)
+        call(model, example)
     return int(counter.get_total_flops())

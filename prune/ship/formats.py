@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from netslim.base import replace_all
 from netslim.prune.choose import Plan
 from netslim.prune.cut import relative_difference
-from netslim.prune.map import leaves
+from netslim.prune.record import tensors_of
 from netslim.prune.ship.artefact import load, save
 from netslim.prune.ship.fold import folded
 
@@ -138,7 +138,7 @@ def _to_pt2(program: ExportedProgram, images: Tensor) -> tuple[bytes, Run]:
     torch.export.save(program, file)
     content = file.getvalue()
     module = torch.export.load(io.BytesIO(content)).module()
-    return content, lambda batch: leaves(module(batch), Tensor)
+    return content, lambda batch: tensors_of(module(batch))
 
 
 def _to_onnx(program: ExportedProgram, images: Tensor) -> tuple[bytes, Run]:
@@ -169,14 +169,14 @@ def _export_weights(model: nn.Module, plan: Plan, batches: Sequence[Tensor], pat
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as draft:
         save(model, plan, draft)
         again = load(draft).to(batches[0].device, batches[0].dtype).eval()
-    difference = _compare(lambda batch: leaves(again(batch), Tensor), copy.deepcopy(model).eval(), batches)
+    difference = _compare(lambda batch: tensors_of(again(batch)), copy.deepcopy(model).eval(), batches)
     save(model, plan, path)
     return difference
 
 
 def _compare(run: Run, model: nn.Module, batches: Sequence[Tensor]) -> float:
     with torch.no_grad():
-        difference = max(relative_difference(run(batch), leaves(model(batch), Tensor)) for batch in batches)
+        difference = max(relative_difference(run(batch), tensors_of(model(batch))) for batch in batches)
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"the exported network differs from torch by {difference:.2g}, more than {TOLERANCE:g}, "

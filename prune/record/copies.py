@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Network = TypeVar("Network", bound=nn.Module)
-Result = TypeVar("Result")
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device})
 _CONTAINERS = frozenset({dict, OrderedDict, set})
@@ -24,11 +22,17 @@ def replica(model: Network, memo: dict[int, Any]) -> Network:
     Modules are mostly dictionaries of numbers and of further modules; deepcopy's protocol for any object takes ten
     times as long for these. What is neither, and modules that say how they are copied, are left to it.
     """
-    copied: Network = _copied(model, memo)
+    try:
+        copied: Network = _copied(model, memo)
+    except Exception as error:  # copying runs what the user's own objects say
+        what = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"the network cannot be copied (copy.deepcopy says: {what}), and nothing else is touched"
+        ) from error
     return copied
 
 
-def _weightless(model: nn.Module) -> nn.Module:
+def weightless(model: nn.Module) -> nn.Module:
     """Copy the network, in eval mode, onto the meta device, where shapes cost no arithmetic."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
@@ -37,18 +41,6 @@ def _weightless(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return replica(model, memo).eval()
-
-
-def on_a_copy(model: nn.Module, example: Tensor, ask: Callable[[nn.Module, Tensor], Result]) -> Result:
-    """Ask a copy of the network in eval mode, one without numbers if that suffices.
-
-    Networks that read values while they run (`.item()`, tensors made on a fixed device) need a copy with their numbers.
-    """
-    with torch.no_grad():
-        try:
-            return ask(_weightless(model), example.detach().to("meta"))
-        except Exception:  # whatever it was: the copy with numbers decides, and its error is the user's
-            return ask(replica(model, {}).eval(), example.detach())
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

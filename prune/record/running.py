@@ -1,0 +1,216 @@
+"""A network run on an example: on a copy without numbers where that suffices, in both modes, and nothing is touched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import CellType, FunctionType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from netslim.prune.record.copies import replica, weightless
+from netslim.prune.record.recorder import Failed, Record, Recorder, tensors_of
+
+Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""What a network is called with: images (n, 3, height, width), a tuple or list of positional arguments, or a dictionary
+of arguments by name; tensors may lie deeper in lists and dictionaries."""
+Result = TypeVar("Result")
+
+_WRAPPERS = {
+    "DistributedDataParallel": "model.module",
+    "DataParallel": "model.module",
+    "FullyShardedDataParallel": "the module that it wraps",
+    "DeepSpeedEngine": "engine.module",
+    "OptimizedModule": "the module before torch.compile: model._orig_mod",
+}
+
+
+def arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read an example as the arguments of a call: positional ones, and those by name."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """Call a network with an example."""
+    args, kwargs = arguments(example)
+    return model(*args, **kwargs)
+
+
+def moved(example: Example, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Example:
+    """Copy an example to a device, its floating-point tensors to a type; what is no tensor stays."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
+        if isinstance(value, Mapping):
+            return {key: one(part) for key, part in value.items()}
+        if isinstance(value, (tuple, list)):
+            parts = [one(part) for part in value]
+            return parts if isinstance(value, list) else tuple(parts)
+        return value
+
+    made: Example = one(example)
+    return made
+
+
+def check(model: nn.Module, example: Example) -> None:
+    """Refuse, before any work, what cannot be mapped: wrappers, and an example that is none or lies elsewhere.
+
+    Raises: ValueError that says what to pass instead.
+    """
+    kind = type(model).__name__
+    if kind in _WRAPPERS:
+        raise ValueError(f"{kind} only wraps the network; pass {_WRAPPERS[kind]}")
+    scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted == "":
+        raise ValueError("a scripted module shows no forward to follow; pass the module before torch.jit.script")
+    tensors = tensors_of(example)
+    if not tensors or any(not value.numel() for value in tensors):
+        shapes = ", ".join(str(tuple(value.shape)) for value in tensors) or "no tensors"
+        raise ValueError(f"an example of shape {shapes} is no batch of images (n, 3, height, width)")
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    homes = {p.device for p in weights} - {torch.device("meta")}  # a network without numbers is mapped all the same
+    for value in tensors:
+        if len(homes) == 1 and value.device not in homes:
+            raise ValueError(f"the example is on {value.device}, the network on {next(iter(homes))}; move one of them")
+        kinds = {p.dtype for p in weights}
+        if value.is_floating_point() and len(kinds) == 1 and value.dtype not in kinds:
+            raise ValueError(f"the example is {value.dtype}, the network {next(iter(kinds))}; convert one of them")
+
+
+def on_a_copy(model: nn.Module, example: Example, ask: Callable[[nn.Module, Example], Result]) -> Result:
+    """Ask a copy of the network in eval mode, one without numbers if that suffices.
+
+    Networks that read values while they run (`.item()`, tensors made on a fixed device) need a copy with their numbers.
+    Whatever happens, the network, what its hooks keep, and the states of random numbers are as they were.
+    """
+    with untouched(model), torch.no_grad():
+        try:
+            return ask(weightless(model), moved(example, "meta"))
+        except Exception:  # whatever it was: the copy with numbers decides, and its error is the user's
+            return ask(replica(model, {}).eval(), moved(example))
+
+
+def recorded(model: nn.Module, example: Example) -> Record:
+    """Record what a network calls in eval mode; it is not changed.
+
+    Raises: ValueError if it does not run on the example.
+    """
+
+    def record(twin: nn.Module, some: Example) -> Record:
+        recorder = Recorder(twin)
+        found = recorder.run(*arguments(some))
+        return Recorder(twin, watch=True).run(*arguments(some)) if recorder.has_strangers else found
+
+    try:
+        return on_a_copy(model, example, record)
+    except Failed as failed:
+        raise ValueError(said(failed, example)) from failed.error
+
+
+def trains_alike(model: nn.Module, example: Example) -> bool:
+    """Tell whether a network calls the same functions in training mode as in eval mode, or does not run in training."""
+
+    def compared(twin: nn.Module, some: Example) -> bool:
+        seen = Recorder(twin.eval()).run(*arguments(some)).calls
+        return Recorder(twin.train()).run(*arguments(doubled(some))).calls == seen
+
+    try:
+        return on_a_copy(model, example, compared)
+    except Failed:
+        return True
+
+
+def doubled(example: Example) -> Example:
+    """Give a single image twice: in training some BatchNorms refuse a batch of one."""
+    if isinstance(example, Tensor) and example.dim() and len(example) == 1:
+        return example.expand(2, *example.shape[1:])
+    return example
+
+
+def said(failed: Failed, example: Example) -> str:
+    """Say in one line that a network does not run on its example, and where."""
+    shapes = ", ".join(str(tuple(value.shape)) for value in tensors_of(example))
+    what = str(failed.error).strip().partition("\n")[0] or type(failed.error).__name__
+    return (
+        f"the network does not run on an example of shape {shapes}: {failed.where} says: {what}; "
+        "give an example that it accepts"
+    )
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back, in any case, what running a copy of a network may change of the network itself, and random numbers.
+
+    A hook belongs to the network and to its copy: what it keeps in a closure, in a global container or on the network
+    would be the copy's values.
+    """
+    kept = [(module, dict(module.__dict__)) for module in model.modules()]
+    boxes: dict[int, tuple[Any, Any]] = {}
+    cells: list[tuple[CellType, Any]] = []
+    for module, state in kept:
+        for value in state.values():
+            _keep(value, boxes)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hook in hooks.values():
+                _keep_hook(hook, boxes, cells)
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(_devices(model)):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, state in kept:
+            if not _is_same(module.__dict__, state):
+                module.__dict__.clear()
+                module.__dict__.update(state)
+        for box, content in boxes.values():
+            _refill(box, content)
+        for cell, content in cells:
+            cell.cell_contents = content
+
+
+def _is_same(state: dict[str, Any], before: dict[str, Any]) -> bool:
+    return len(state) == len(before) and all(state.get(key) is value for key, value in before.items())
+
+
+def _keep(value: Any, boxes: dict[int, tuple[Any, Any]]) -> None:
+    if type(value) in (dict, list, set) and value is not None:
+        boxes.setdefault(id(value), (value, value.copy()))
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor, FunctionType)):
+        boxes.setdefault(id(value.__dict__), (value.__dict__, dict(value.__dict__)))
+
+
+def _keep_hook(hook: Any, boxes: dict[int, tuple[Any, Any]], cells: list[tuple[CellType, Any]]) -> None:
+    function = getattr(hook, "__func__", hook)
+    _keep(getattr(hook, "__self__", None), boxes)
+    if not isinstance(function, FunctionType):
+        return
+    for cell in function.__closure__ or ():
+        try:
+            cells.append((cell, cell.cell_contents))
+        except ValueError:  # empty
+            continue
+        _keep(cell.cell_contents, boxes)
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            _keep(function.__globals__[name], boxes)
+
+
+def _refill(box: Any, content: Any) -> None:
+    if isinstance(box, list):
+        box[:] = content
+    else:
+        box.clear()
+        box.update(content)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    return [device for device in {p.device for p in model.parameters()} if device.type not in ("cpu", "meta")]
