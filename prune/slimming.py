@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
-from netslim.prune.choose import Plan, Rules, ShareGone, choose, units_of
+from netslim.prune.choose import Plan, Rules, ShareGone, choose, realise, units_of
 from netslim.prune.cut import cut, prove, scales_of
-from netslim.prune.map import ChannelMap, map_channels
-from netslim.prune.record import Example
+from netslim.prune.map import ChannelMap, Coupling, map_channels
+from netslim.prune.record import Example, tensor_of, weight_of
 from netslim.prune.repair import Calibration
 from netslim.prune.scores import score_channels
 from netslim.prune.ship import cost
+
+FEW = 0.1
+"""Share of the channels, or of the parameters, below which a warning says that hardly anything can go."""
 
 
 def slim(
@@ -28,11 +33,51 @@ def slim(
     """
     chosen = Rules.of(**rules)
     channels = map_channels(model, example, chosen.coupling)
+    for line in cautions(model, channels, chosen.coupling):
+        warnings.warn(line, stacklevel=2)
     scores = score_channels(model, channels, chosen, calibration)
     plan = plan_network(model, channels, example, ratio, chosen, scores)
     small = cut(model, plan)
     prove(model, small, plan, example)
     return small, plan
+
+
+def cautions(model: nn.Module, channels: ChannelMap, coupling: Coupling = "group") -> list[str]:
+    """Say what a user should know before a week of training, in one line each: what the map leaves whole, and why.
+
+    Args: channels, the map of the model.
+    """
+    lines = list(channels.notes)
+    reach = _reach(model, channels, coupling)
+    removable, width = (sum(sizes) for sizes in zip(*channels.sizes(coupling), strict=True))
+    if min(reach, removable / width) < FEW:
+        lines.append(
+            f"little of this network can go: {removable / width:.1%} of its {width} channels, with them at most "
+            f"{reach:.1%} of the parameters; {channels.kept_by(coupling)}"
+        )
+    return lines
+
+
+def _reach(model: nn.Module, channels: ChannelMap, coupling: Coupling) -> float:
+    """The share of the parameters that goes if all channels go that can, but for one in every layer."""
+    gone = {layer.name: np.asarray(layer.removable(coupling)) for layer in channels.layers}
+    for flags in gone.values():
+        flags[:1] = False
+    slices, _, trims = realise(channels, gone)
+    lost = 0
+    for part in slices:
+        weight = weight_of(model, part.name)
+        kept_inputs = part.num_inputs if part.inputs is None else len(part.inputs)
+        kept_outputs = part.num_outputs if part.outputs is None else len(part.outputs)
+        if weight is not None:
+            is_single = weight.dim() == 1 or weight.shape[1] == 1 < part.num_inputs  # BatchNorm, depthwise
+            inputs = 1.0 if is_single else kept_inputs / part.num_inputs
+            lost += round(weight.numel() * (1 - inputs * kept_outputs / part.num_outputs)) * (1 + (weight.dim() == 1))
+    for trim in trims:
+        tensor = tensor_of(model, trim.name)
+        if isinstance(tensor, nn.Parameter):
+            lost += round(tensor.numel() * (1 - len(trim.kept) / trim.size))
+    return lost / max(1, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def plan_network(

@@ -12,6 +12,7 @@ from test_prune_nets import EXAMPLE, block, scramble
 from torch import Tensor, nn
 
 from netslim.prune import ChannelMap, cut, largest_difference, make_plan, map_channels, masked, slim
+from netslim.train import ModelConfig, build_model
 
 
 class BNAct(nn.BatchNorm2d):
@@ -455,3 +456,48 @@ def test_an_example_of_another_type_or_of_nothing_is_refused():
         map_channels(model, EXAMPLE.double())
     with pytest.raises(ValueError, match=r"no tensors is no batch of images"):
         map_channels(model, ())
+
+
+def test_little_that_can_go_is_warned_of_once_with_shares_and_reasons():
+    wide = nn.Sequential(block(3, 64), Lambda(lambda x: torch.fft.fft2(x).real), nn.Conv2d(64, 64, 3))
+    model = nn.Sequential(wide, block(64, 4), nn.Flatten(), nn.Linear(4 * 900, 2))
+    line = (
+        r"^little of this network can go: 5.9% of its 68 channels, with them at most .*% of the parameters; 64 stay: op"
+    )
+    with pytest.warns(UserWarning, match=line) as caught:
+        slim(scramble(model), EXAMPLE, ratio=0.5)
+    assert len(caught) == 1
+
+
+def test_gammas_whose_removal_shrinks_nothing_are_not_counted_one_by_one():
+    class Own(nn.Module):
+        """A layer whose channels are held on both sides of a BatchNorm."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), block(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.fft.fft2(self.norm(torch.fft.fft2(self.first(x)).real)).real
+            return self.last(x).mean((2, 3))
+
+    odd, last = map_channels(Own(), EXAMPLE, "select").layers
+    assert not odd.selectable
+    assert all(last.removable("select"))
+
+
+@pytest.mark.parametrize("coupling", ["group", "select"])
+def test_images_whose_channels_lie_last_in_memory_stay_so_at_every_convolution(coupling):
+    model = scramble(build_model(ModelConfig(name="preresnet20"), 10, 0)).to(memory_format=torch.channels_last)
+    small, _ = slim(model, EXAMPLE, ratio=0.5, coupling=coupling)
+    odd = []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not args[0].is_contiguous(memory_format=torch.channels_last):
+            odd.append(module)
+
+    for module in small.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(look)
+    small(EXAMPLE.contiguous(memory_format=torch.channels_last))
+    assert not odd

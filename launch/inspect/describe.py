@@ -8,7 +8,7 @@ from torch import Tensor
 
 from netslim.data import open_source
 from netslim.launch.config import RunConfig
-from netslim.prune import map_channels, open_gammas
+from netslim.prune import cautions, map_channels, open_gammas
 from netslim.train import build_model, describe_pull, travel
 
 
@@ -25,6 +25,7 @@ def describe(config: RunConfig, *, is_trained: bool = False) -> str:
     lines = [f"{config.model.name} on images of {size}x{size}", channels.table()]
     if coupling == "select":
         lines.append(channels.count(coupling))
+    lines += [f"warning: {line}" for line in cautions(model, channels, coupling)]
     if not is_trained:
         lines += ["", _predict_pull(config, open_gammas(model, channels, config.prune.rules))]
     return "\n".join(lines)

@@ -28,6 +28,8 @@ class Training:
     slimming: InFlight | None = None
     says: str = ""
     """Said before it begins."""
+    warns: Sequence[str] = ()
+    """Warnings to be said with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,8 @@ def _train(job: Job, stage: Stage, made: Made, training: Training, record: Recor
     store = Store(job.path(stage) / "checkpoints", config.checkpoint.keep)
     if training.says:
         record.say(training.says)
+        for line in training.warns:
+            record.say(line, warning=True)
     metrics = fit(
         made.model,
         job.loaders.train,

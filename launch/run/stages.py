@@ -9,7 +9,7 @@ from netslim.launch.run.job import Job
 from netslim.launch.run.runner import Made, Training
 from netslim.launch.run.stage import Kind, Pass, Stage
 from netslim.launch.run.summary import channel_rows, picture_cut
-from netslim.prune import Origin, Plan, cut, map_channels, open_gammas, plan_network, prove, repair
+from netslim.prune import Origin, Plan, cautions, cut, map_channels, open_gammas, plan_network, prove, repair
 from netslim.train import ModelConfig
 from netslim.train.models import build_network, initialise, is_own
 
@@ -29,7 +29,8 @@ def sparsify(job: Job, stage: Stage) -> Made:
         most = _most_in_flight(config.prune, stage.turn)
         slimming = InFlight(dense, model, plan, channels, rules, config.sparsity, job.run, example, most)
     says = channels.summary(rules.coupling)
-    training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says)
+    warns = cautions(dense, channels, rules.coupling)
+    training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says, warns=warns)
     return Made(model=model, plan=plan, training=training)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from netslim.prune.map.classes import CONSTANT, UNNORMALISED, Classes, along, line, tight, varying
 from netslim.prune.map.counts import Count
+from netslim.prune.map.layers import few
 from netslim.prune.map.operations import Labelled
 from netslim.prune.record import (
     CONVOLUTIONS,
@@ -64,6 +65,8 @@ class Binding:
         """By weight; a BatchNorm without one by its name."""
         self.held: dict[str, str] = {}
         """Parameter or buffer -> why it cannot be resized."""
+        self.notes: list[str] = []
+        """What the user should know, in one line each."""
         self._elements: dict[str, Tensor] = {}
         self._told: dict[str, Tensor] = {}
         self._homes: dict[str, list[str]] = {}
@@ -89,11 +92,12 @@ class Binding:
         own: Mapping[str, str],
         labels: Mapping[str, Tensor],
         made: Tensor,
-        place: str,
+        place: Callable[[], str],
     ) -> Labelled:
         """Let a layer with weights read its input's labels and make new ones for its output.
 
-        Args: own, the names of the arguments that are parameters or buffers; labels, those of the other tensors.
+        Args: own, the names of the arguments that are parameters or buffers; labels, those of the other tensors;
+        place, names the line of the call.
         """
         if call.name == "batch_norm":
             return self._batch_norm(call, given, own, labels, made)
@@ -109,7 +113,7 @@ class Binding:
         if groups > 1 and is_transposed:
             why = f"grouped transposed convolution {label}"
         elif deep and not names and not isinstance(given["groups"], Count):
-            why = f"the number of groups is written into '{call.name}' at {place}"
+            why = f"the number of groups is written into '{call.name}' at {place()}"
         bias = own.get("bias", "")
         if given.get("bias") is not None and not bias:
             why = f"{label} computes its bias from other tensors"
@@ -134,18 +138,18 @@ class Binding:
         made: Tensor,
         dim: int,
         groups: int,
-        place: str,
+        place: Callable[[], str],
     ) -> Labelled:
         """Follow a layer whose weight is no parameter: one filter for each channel, or any other."""
         inputs, weight = labels["input"], labels["weight"]
-        where = f"'{call.home}'" if call.home else place
+        where = f"'{call.home}'" if call.home else place()
         if not (groups > 1 and groups == inputs.shape[dim] == made.shape[dim]) or given.get("bias") is not None:
             return None, f"{where} computes its weight from other tensors"
         if not varying(inputs) <= {dim} or not varying(weight) <= {0}:
             return None, f"{where} computes its weight from other tensors"
         features = line(inputs, dim)
         if 0 not in varying(weight):
-            self._freeze(f"a filter for a fixed number of channels at {place}", features)
+            self._freeze(f"a filter for a fixed number of channels at {place()}", features)
         else:
             self.classes.join(features, line(weight, 0))
         return along(features, dim, made.shape), None
@@ -304,14 +308,20 @@ class Binding:
 
     def _keep_unused(self) -> None:
         known = {name for use in self.uses.values() for name in use.names}
+        unused = []
         for name, layer in layers_of(self.model).items():
             if name in known:
                 continue
             inputs, outputs = (self.classes.fresh(width, UNNORMALISED) for width in widths(layer))
             parameters = (f"{name}.{key}" for key in layer._parameters)
-            why = next((self.held[key] for key in parameters if key in self.held), f"'{name}' is never called")
+            why = next((self.held[key] for key in parameters if key in self.held), "")
+            if not why:
+                unused.append(f"'{name}'")
+                why = f"'{name}' is never called"
             use = Use(
                 (name,), type(layer).__name__, isinstance(layer, NORMALISING), inputs, outputs, is_selectable=False
             )
             self.uses[f"{name} (unused)"] = use
             self._freeze(why, inputs, outputs)
+        if unused:
+            self.notes.append(f"{few(unused)} never called, neither in eval nor in training mode: left whole")

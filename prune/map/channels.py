@@ -29,6 +29,8 @@ class ChannelMap:
     modules: tuple[Ends, ...]
     fixed: tuple[bool, ...]
     """True = the channel of this number stays."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of what was not mapped, in one line each."""
     loose: tuple[Loose, ...] = ()
     """Parameters and buffers of no layer of torch's, which shrink with the channels along one dimension or two."""
 
@@ -74,11 +76,15 @@ class ChannelMap:
         """Put together the channel classes that the same layers share, in the order of execution."""
         return families(self.layers, self.ends, len(self.fixed))
 
+    def sizes(self, coupling: Coupling = "group") -> list[tuple[int, int]]:
+        """Count per BatchNorm the channels that are removable under this coupling, and all."""
+        return [(sum(layer.removable(coupling)), layer.width) for layer in self.layers]
+
     def count(self, coupling: Coupling = "group") -> str:
         """Say how many of all channels are removable under this coupling."""
-        removable = sum(sum(layer.removable(coupling)) for layer in self.layers)
+        removable, width = (sum(sizes) for sizes in zip(*self.sizes(coupling), strict=True))
         how = "prunable" if coupling == "group" else "removable one by one"
-        return f"{removable} of {sum(layer.width for layer in self.layers)} channels are {how}"
+        return f"{removable} of {width} channels are {how}"
 
     def summary(self, coupling: Coupling = "group") -> str:
         """Say in one line how many channels are removable under this coupling, and why the others stay."""
@@ -166,7 +172,8 @@ def _numbered(flow: Flow) -> ChannelMap:
         Loose(name, tuple(None if d is None else tuple(number[d].tolist()) for d in dims))
         for name, dims in loose.items()
     )
-    channels = ChannelMap(tuple(layers), modules, tuple((held[used] < len(reasons)).tolist()), shrunk)
+    fixed = tuple((held[used] < len(reasons)).tolist())
+    channels = ChannelMap(tuple(layers), modules, fixed, (*flow.notes, *flow.layers.notes), shrunk)
     vars(channels)["ends"] = made  # at hand: making arrays of the tuples again took a third of a plan's time
     return channels
 

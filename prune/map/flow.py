@@ -103,6 +103,9 @@ class Flow:
         if layer is not None:
             self._bound(call, layer, args, kwargs, made[0])
             return
+        if call.name in ops.KEEPING and len(call.inputs) == len(made) == 1 and call.inputs[0] in self._labels:
+            self._labels[call.outputs[0]] = self._labels[call.inputs[0]]
+            return
         step = Step(
             call.name,
             function,
@@ -132,7 +135,7 @@ class Flow:
         tensors = {key: numbers[id(x)] for key, x in given.items() if isinstance(x, Tensor)}
         own = {key: self._loose[number][0] if number in self._loose else "" for key, number in tensors.items()}
         labels = {key: self._of(n) for key, n in tensors.items() if key == "input" or not own[key]}
-        found, why = self.layers.bind(call, given, own, labels, made, self._place(call))
+        found, why = self.layers.bind(call, given, own, labels, made, lambda: self._place(call))
         if why is not None:
             self._hold(call, (args, kwargs), why)
         self._labels[call.outputs[0]] = self._mixed(call, [made], why or "")[0] if found is None else found

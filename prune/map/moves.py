@@ -200,7 +200,8 @@ class Moves:
         if name.endswith("_as"):
             return self.sizes(args[1])
         if name == "unflatten":
-            dim, sizes = (*args[1:], *(kwargs[key] for key in ("dim", "sizes") if key in kwargs))
+            rest: list[Any] = [*args[1:], *(kwargs[key] for key in ("dim", "sizes") if key in kwargs)]
+            dim, sizes = rest
             dim %= args[0].dim()
             return (*(-1,) * dim, *sizes, *(-1,) * (args[0].dim() - dim - 1))
         asked = kwargs.get("shape", kwargs.get("size", args[1:]))

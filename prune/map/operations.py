@@ -28,7 +28,11 @@ COPYING = words(
     "detach clone contiguous to float double half bfloat16 cpu cuda type type_as get_data get_real alias dropout "
     "dropout1d dropout2d dropout3d feature_dropout native_dropout identity get_H"
 )
-ELEMENTWISE = COPYING | words(
+# f(0) = 0 whatever the other arguments are.
+KEEPING = COPYING | words(
+    "relu relu6 leaky_relu silu gelu hardswish tanh elu selu celu mish softsign abs neg square sqrt"
+)
+ELEMENTWISE = KEEPING | words(
     "relu relu6 leaky_relu rrelu prelu silu gelu hardswish hardsigmoid hardtanh tanh elu selu celu mish softsign "
     "softshrink hardshrink tanhshrink sigmoid softplus logsigmoid threshold clamp clamp_min clamp_max abs neg positive "
     "square sqrt rsqrt reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh asinh acosh "

@@ -155,8 +155,7 @@ class Recorder(TorchFunctionMode):
             if self._counts(func, args):
                 return func(*args, **kwargs)
             inputs = tuple(map(self.number_of, tensors_of((args, kwargs))))
-            inplace = is_inplace(func) or kwargs.get("inplace", False)
-            known = None if inplace else shaped(name, args, kwargs)
+            known = shaped(name, args, kwargs, inplace=is_inplace(func) or kwargs.get("inplace", False))
             result = func(*args, **kwargs) if known is None else known
             self._note(name, func, args, kwargs, inputs, result)
             return result

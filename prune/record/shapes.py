@@ -15,20 +15,24 @@ _ALIKE = words(
 _MEETING = frozenset(("add", "mul", "sub"))
 
 
-def shaped(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def shaped(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, inplace: bool) -> Tensor | None:
     """Make what a function would make of values on the meta device; None where torch has to be asked."""
     x = args[0] if args else None
     if not isinstance(x, Tensor) or not x.is_meta or type(x) is not Tensor:
         return None
     if name in _ALIKE and x.is_floating_point():
-        return torch.empty_like(x)
+        return x if inplace else _alike(x)
     if name in _MEETING and len(args) == 2 and not kwargs:
         other = args[1]
         alike = isinstance(other, Tensor) and other.is_meta and other.shape == x.shape and other.dtype == x.dtype
-        return torch.empty_like(x) if alike else None
+        return (x if inplace else _alike(x)) if alike else None
     if name == "conv2d" and not kwargs and len(args) == 7:
         return _convolved(*args)
     return None
+
+
+def _alike(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
 def _convolved(
