@@ -136,3 +136,50 @@ def test_the_report_lists_the_rules_and_what_they_kept():
 def test_an_unknown_rule_is_named():
     with pytest.raises(ValueError, match="min_chanels"):
         slim(chain(4, 4), EXAMPLE, ratio=0.5, min_chanels=2)
+
+
+@pytest.mark.parametrize("coupling", ["group", "select"])
+def test_with_a_threshold_for_each_layer_all_lose_the_same_share(coupling):
+    model = scramble(chain(8, 16, 32))
+    with torch.no_grad():
+        model[0][1].weight.mul_(0.01)  # one threshold for the network would take all of it that it may
+    plan = planned(model, 0.5, scope="layer", coupling=coupling)
+    assert [2 * len(layer.kept) for layer in plan.layers] == [layer.width for layer in plan.layers]
+    gone = [index for name, index in removed(plan) if name == "0.1"]
+    assert sorted(gone) == sorted(model[0][1].weight.argsort()[:4].tolist())
+    assert "threshold rank of |gamma| in its layer <= 0.5" in plan.report()
+
+
+def test_with_a_threshold_for_each_family_like_layers_compete_and_others_do_not():
+    model = scramble(
+        nn.Sequential(block(3, 8), block(8, 8), block(8, 8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), head(8))
+    )
+    with torch.no_grad():
+        model[0][1].weight.mul_(0.01)
+        model[4].weight.mul_(100)  # alone of its kind: a linear layer reads it
+    plan = planned(model, 0.5, scope="family")
+    kept = {name: len(indices) for name, indices in plan.kept.items()}
+    assert kept["4"] == 4
+    assert kept["0.1"] < 4
+    assert kept["0.1"] + kept["1.1"] + kept["2.1"] == 12
+
+
+def head(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+
+
+def test_normalised_scores_compare_layers_of_different_scales():
+    model = scramble(chain(8, 16))
+    plain = planned(model, 0.5, normalise="mean")
+    with torch.no_grad():
+        model[0][1].weight.mul_(0.01)
+    assert planned(model, 0.5, normalise="mean").kept == plain.kept
+    assert planned(model, 0.5).kept != plain.kept
+
+
+def test_plans_of_before_there_were_scopes_keep_their_digests():
+    plan = planned(scramble(chain(8)), 0.5)
+    assert "scope" not in plan.to_json()
+    assert "normalise" not in plan.to_json()
+    scoped = planned(scramble(chain(8)), 0.5, scope="layer")
+    assert type(scoped).from_json(scoped.to_json()) == scoped

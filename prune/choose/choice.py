@@ -61,6 +61,7 @@ def choose_zeros(
     Scores as in `choose`. At most a share of ``most`` of all channels goes, those of smallest score. The plan's ratio
     is the share that goes.
     """
+    rules = replace(rules, scope="network", normalise="none")  # the limit is one of the scores themselves
     return _Choice(units_of(scores, channels, rules), channels, 0.0, rules).by_limit(limit, most)
 
 

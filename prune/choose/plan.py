@@ -174,6 +174,9 @@ class Plan:
             del content["origin"]
         if not self.trims:
             del content["trims"]
+        for name, usual in _LATER_RULES.items():
+            if content["rules"][name] == usual:
+                del content["rules"][name]
         for layer in content["layers"]:
             if layer["shift"] is None:
                 del layer["shift"]
@@ -220,6 +223,8 @@ class Plan:
         what = {"gamma": "|gamma|", "gamma_norm": "|gamma| x norm of its readers", "reconstruction": "share lost"}[
             self.rules.score
         ]
+        what += " / layer's mean" * (self.rules.normalise == "mean")
+        what = what if self.rules.scope == "network" else f"rank of {what} in its {self.rules.scope}"
         lines.append(
             f"ratio {self.ratio} of {self.rules.target}: {self.num_removed} of {self.num_channels} prunable channels "
             f"go; threshold {what} <= {limit}; floors spare {sum(self.spared.values())}, rounding restores {restored}"
@@ -228,6 +233,10 @@ class Plan:
 
     def __str__(self) -> str:
         return self.report()
+
+
+_LATER_RULES = {"normalise": "none", "scope": "network"}
+"""Rules that plans of before did not have, and what they did."""
 
 
 def _check_indices(name: str, kept: tuple[int, ...], width: int) -> None:

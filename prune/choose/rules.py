@@ -12,6 +12,8 @@ from netslim.prune.map import Coupling
 Target = Literal["channels", "params", "macs"]
 Score = Literal["gamma", "gamma_norm", "reconstruction"]
 Reduce = Literal["max", "mean", "sum"]
+Normalise = Literal["none", "mean"]
+Scope = Literal["network", "family", "layer"]
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -29,6 +31,12 @@ class Rules:
     the layers that read it lose for good, once they are solved anew without it (by the images of the repair)."""
     reduce: Reduce = "max"
     """Score of channels that go together, from their own: under group."""
+    normalise: Normalise = "none"
+    """mean: every score is divided by the mean of its BatchNorm's, so that layers of different scales compare."""
+    scope: Scope = "network"
+    """What one threshold holds for. network: all channels (Liu et al. 2017). layer: those that the same layers share.
+    family: those that layers of the same kinds share, likewise connected (Fang et al. 2024, arXiv 2407.04616). Scores
+    then count by their rank there, so that each loses the same share."""
     min_channels: Annotated[int, Field(ge=1)] = 1
     """Channels that every layer keeps."""
     min_share: _Share = 0.0

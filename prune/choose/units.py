@@ -17,6 +17,8 @@ from netslim.prune.choose.rules import Reduce, Rules
 from netslim.prune.choose.slices import Flags
 from netslim.prune.map import CONSTANT, ChannelMap, Coupling, Ends, Ints, Layer
 
+Ranks = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Units:
@@ -61,9 +63,38 @@ def units_of(scores: Mapping[str, Tensor], channels: ChannelMap, rules: Rules) -
     sizes = np.concatenate(
         [_sizes(scores, x) if any(x.removable(coupling)) else np.zeros(x.width) for x in channels.layers]
     )
+    if rules.normalise == "mean":
+        sums = np.bincount(layers[open_], sizes[open_], len(widths))
+        means = sums / np.maximum(np.bincount(layers[open_], minlength=len(widths)), 1)
+        sizes = sizes / np.where(means > 0, means, 1.0)[layers]
     reduced = _reduced(sizes[free], numbers, len(first), rules.reduce)
+    if rules.scope != "network":
+        reduced = _ranked(reduced, np.flatnonzero(free)[first], layers, channels, rules)
     indices = np.concatenate([np.arange(width) for width in widths])
     return Units(layers, indices, owners, reduced, np.lexsort((first, reduced)))
+
+
+def _ranked(scores: NDArray[np.float64], first: Ints, layers: Ints, channels: ChannelMap, rules: Rules) -> Ranks:
+    """Put in place of each unit's score its rank among those of its scope, as a share in (0, 1].
+
+    Args: first, the first gamma of each unit; layers, the layer of each gamma.
+    """
+    kinds, structures = {end.name: end.kind for end in channels.modules}, channels.structures
+    starts = np.cumsum([0, *(layer.width for layer in channels.layers)])
+    pools: dict[object, list[int]] = {}
+    for unit, gamma in enumerate(first.tolist()):
+        layer = int(layers[gamma])
+        shared = structures[channels.layers[layer].classes[gamma - starts[layer]]]
+        alone = (channels.layers[layer].name,) if rules.coupling == "select" else ()
+        key: object = (alone, shared)
+        if rules.scope == "family":
+            key = tuple(tuple(sorted(kinds[name] for name in names)) for names in shared)
+        pools.setdefault(key, []).append(unit)
+    ranks = np.zeros(len(scores))
+    for members in pools.values():
+        order = np.argsort(scores[members], kind="stable")
+        ranks[np.asarray(members)[order]] = np.arange(1, len(members) + 1) / len(members)
+    return ranks
 
 
 def _excluded(channels: ChannelMap, patterns: Sequence[str]) -> Flags:

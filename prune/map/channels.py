@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from netslim.prune.map.classes import CONSTANT, Ints, merged
-from netslim.prune.map.families import Family, families, table_of_families, table_of_norms
+from netslim.prune.map.families import Family, Structure, families, structures, table_of_families, table_of_norms
 from netslim.prune.map.flow import Flow, follow
 from netslim.prune.map.layers import Coupling, Ends, Layer, Loose, few
 from netslim.prune.record import Example, Failed, check, on_a_copy, said, weight_of
@@ -69,12 +69,17 @@ class ChannelMap:
         return {end.name: (np.asarray(end.inputs), np.asarray(end.outputs)) for end in self.modules}
 
     @cached_property
+    def structures(self) -> dict[int, Structure]:
+        """The layers that share each class: its BatchNorms, and the others that make and that read its channels."""
+        return structures(self.layers, self.ends, len(self.fixed))
+
+    @cached_property
     def _by_name(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}
 
     def families(self) -> tuple[Family, ...]:
         """Put together the channel classes that the same layers share, in the order of execution."""
-        return families(self.layers, self.ends, len(self.fixed))
+        return families(self.layers, self.structures)
 
     def sizes(self, coupling: Coupling = "group") -> list[tuple[int, int]]:
         """Count per BatchNorm the channels that are removable under this coupling, and all."""

@@ -13,6 +13,8 @@ from netslim.prune.map.layers import Ends, Layer, few
 
 Sides = Mapping[str, tuple[Ints, Ints]]
 """The numbers of the channels at the two ends of each layer with weights: inputs, outputs."""
+Structure = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+"""The names of the BatchNorms that some channels go through, and of the other layers that make and that read them."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,14 @@ class Family:
     """Whether all their gammas can be removed one by one."""
 
 
-def families(layers: Sequence[Layer], ends: Sides, num_channels: int) -> tuple[Family, ...]:
+def families(layers: Sequence[Layer], shared: Mapping[int, Structure]) -> tuple[Family, ...]:
     """Put together the classes that have the same layers and the same reason to stay, in the order of execution."""
-    norms, makers, readers = _layers_by_class(layers, ends, num_channels)
     gammas = Counter(number for layer in layers for number in layer.classes)
     holds = {n: hold for x in reversed(layers) for n, hold in zip(x.classes, x.holds, strict=True)}
     bound = {layer.name for layer in layers if not layer.selectable}
     alike: dict[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], str], list[int]] = defaultdict(list)
-    for number in norms:
-        alike[tuple(norms[number]), tuple(makers[number]), tuple(readers[number]), holds[number]].append(number)
+    for number, structure in shared.items():
+        alike[(*structure, holds[number])].append(number)
     return tuple(
         Family(
             num_classes=len(numbers),
@@ -59,11 +60,8 @@ def families(layers: Sequence[Layer], ends: Sides, num_channels: int) -> tuple[F
     )
 
 
-_Names = dict[int, list[str]]
-
-
-def _layers_by_class(layers: Sequence[Layer], ends: Sides, num_channels: int) -> tuple[_Names, _Names, _Names]:
-    """List the BatchNorms, makers and readers of each class."""
+def structures(layers: Sequence[Layer], ends: Sides, num_channels: int) -> dict[int, Structure]:
+    """List the BatchNorms, makers and readers of each class, in the order of execution."""
     norms, makers, readers = (defaultdict[int, list[str]](list) for _ in range(3))
     for layer in layers:
         for number in dict.fromkeys(layer.classes):
@@ -74,7 +72,7 @@ def _layers_by_class(layers: Sequence[Layer], ends: Sides, num_channels: int) ->
         for found, side in ((makers, outputs), (readers, inputs)) if name not in names else ():
             for number in np.unique(class_of[side]).tolist():
                 found[number].append(name)
-    return norms, makers, readers
+    return {number: (tuple(norms[number]), tuple(makers[number]), tuple(readers[number])) for number in norms}
 
 
 def _class_of_channel(layers: Sequence[Layer], ends: Sides, num_channels: int) -> Ints:
