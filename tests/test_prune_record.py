@@ -1,10 +1,12 @@
 """Networks as people write them: whatever runs is mapped, cut exactly in both modes, and left as it was."""
 
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -501,3 +503,23 @@ def test_images_whose_channels_lie_last_in_memory_stay_so_at_every_convolution(c
             module.register_forward_pre_hook(look)
     small(EXAMPLE.contiguous(memory_format=torch.channels_last))
     assert not odd
+
+
+def test_a_network_of_random_depth_is_mapped_whatever_it_drew():
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b, self.head = block(3, 8), block(8, 8), block(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            if not self.training or random.random() < 0.5:
+                x = self.a(x)
+            if not self.training or np.random.rand() < 0.5:
+                x = self.b(x)
+            return self.head(x.mean((2, 3)))
+
+    state = random.getstate()
+    channels = map_channels(Deep(), EXAMPLE)
+    assert random.getstate() == state
+    assert channels.layers[0].classes == channels.layers[1].classes == channels.layers[2].classes

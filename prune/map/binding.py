@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from netslim.prune.map.classes import CONSTANT, UNNORMALISED, Classes, along, line, tight, varying
 from netslim.prune.map.counts import Count
-from netslim.prune.map.layers import few
+from netslim.prune.map.layers import Bond, Dims, Use, few
 from netslim.prune.map.operations import Labelled
 from netslim.prune.record import (
     CONVOLUTIONS,
@@ -35,25 +33,6 @@ LAYERS = {name: _TRANSPOSED if "transpose" in name else _CONVOLUTION for name in
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias"),
 }
 """Functions with weights -> the names of their arguments."""
-
-Ends = tuple[Tensor | None, ...]
-
-
-@dataclass
-class Use:
-    """A convolution, linear layer or BatchNorm: the labels that it reads and makes, at its first call."""
-
-    names: tuple[str, ...]
-    """The modules whose layer it is; or, where its tensors belong to a module of another form, that of its weight."""
-    kind: str
-    normalises: bool
-    inputs: Tensor  # (features,), CONSTANT where there is none that could be cut
-    outputs: Tensor  # (features,)
-    shift: str | None = None
-    """The beta of a BatchNorm whose gamma is no module's weight."""
-    is_selectable: bool = True
-    tensors: dict[str, Ends] = field(default_factory=dict)
-    """Parameters and buffers that are no module's of `names` -> what their dimensions are."""
 
 
 class Binding:
@@ -85,39 +64,28 @@ class Binding:
             )
         return self._elements[name]
 
-    def bind(
-        self,
-        call: Call,
-        given: Mapping[str, Any],
-        own: Mapping[str, str],
-        labels: Mapping[str, Tensor],
-        made: Tensor,
-        place: Callable[[], str],
-    ) -> Labelled:
-        """Let a layer with weights read its input's labels and make new ones for its output.
-
-        Args: own, the names of the arguments that are parameters or buffers; labels, those of the other tensors;
-        place, names the line of the call.
-        """
+    def bind(self, step: Bond) -> Labelled:
+        """Let a layer with weights read its input's labels and make new ones for its output."""
+        call, given, own = step.call, step.given, step.own
         if call.name == "batch_norm":
-            return self._batch_norm(call, given, own, labels, made)
+            return self._batch_norm(step)
         rank = CONVOLUTIONS.get(call.name, 0)
-        dim, groups = made.dim() - rank - 1, int(given.get("groups", 1))
+        dim, groups = len(step.shape) - rank - 1, int(given.get("groups", 1))
         if not own["weight"]:
-            return self._fixed(call, given, labels, made, dim, groups, place)
+            return self._fixed(step, dim, groups)
         names = self._modules(own["weight"], given.get("bias"))
         label = f"'{names[0] if names else own['weight']}'"
-        features, why = self._line(labels["input"], dim, label)
+        features, why = self._line(step.labels["input"], dim, label)
         deep = groups > 1 and groups == len(features)
         is_transposed = "transpose" in call.name
         if groups > 1 and is_transposed:
             why = f"grouped transposed convolution {label}"
         elif deep and not names and not isinstance(given["groups"], Count):
-            why = f"the number of groups is written into '{call.name}' at {place()}"
+            why = f"the number of groups is written into '{call.name}' at {step.place()}"
         bias = own.get("bias", "")
         if given.get("bias") is not None and not bias:
             why = f"{label} computes its bias from other tensors"
-        outputs = self._made(features, made.shape[dim], groups, label, has_bias=given.get("bias") is not None)
+        outputs = self._made(features, step.shape[dim], groups, label, has_bias=given.get("bias") is not None)
         use = self._used(
             own["weight"], Use(names or (own["weight"],), self._kind(names, call), False, features, outputs)
         )
@@ -128,41 +96,32 @@ class Binding:
                 use.tensors[bias] = (outputs,)
         if why:
             self._freeze(why, features, outputs)
-        return along(outputs, dim, made.shape), None
+        return along(outputs, dim, step.shape), None
 
-    def _fixed(
-        self,
-        call: Call,
-        given: Mapping[str, Any],
-        labels: Mapping[str, Tensor],
-        made: Tensor,
-        dim: int,
-        groups: int,
-        place: Callable[[], str],
-    ) -> Labelled:
+    def _fixed(self, step: Bond, dim: int, groups: int) -> Labelled:
         """Follow a layer whose weight is no parameter: one filter for each channel, or any other."""
-        inputs, weight = labels["input"], labels["weight"]
-        where = f"'{call.home}'" if call.home else place()
-        if not (groups > 1 and groups == inputs.shape[dim] == made.shape[dim]) or given.get("bias") is not None:
+        inputs, weight = step.labels["input"], step.labels["weight"]
+        where = f"'{step.call.home}'" if step.call.home else step.place()
+        is_single = groups > 1 and groups == inputs.shape[dim] == step.shape[dim]
+        if not is_single or step.given.get("bias") is not None:
             return None, f"{where} computes its weight from other tensors"
         if not varying(inputs) <= {dim} or not varying(weight) <= {0}:
             return None, f"{where} computes its weight from other tensors"
         features = line(inputs, dim)
         if 0 not in varying(weight):
-            self._freeze(f"a filter for a fixed number of channels at {place()}", features)
+            self._freeze(f"a filter for a fixed number of channels at {step.place()}", features)
         else:
             self.classes.join(features, line(weight, 0))
-        return along(features, dim, made.shape), None
+        return along(features, dim, step.shape), None
 
-    def _batch_norm(
-        self, call: Call, given: Mapping[str, Any], own: Mapping[str, str], labels: Mapping[str, Tensor], made: Tensor
-    ) -> Labelled:
+    def _batch_norm(self, step: Bond) -> Labelled:
+        call, given, own = step.call, step.given, step.own
         gamma = own.get("weight", "")
         if given.get("weight") is not None and not gamma:
             return None, f"'{call.home}' computes its gamma from other tensors"
         names = self._modules(gamma, given.get("bias")) if gamma else (call.home,)
         name = names[0] if names else gamma
-        features, why = self._line(labels["input"], 1, f"'{name}'")
+        features, why = self._line(step.labels["input"], 1, f"'{name}'")
         outputs = self.classes.fresh(len(features))  # zero once gamma and beta are
         shift = own.get("bias", "") or None
         use = Use(names or (gamma,), self._kind(names, call), True, features, outputs)
@@ -181,7 +140,7 @@ class Binding:
         if why:
             use.is_selectable = False
             self._freeze(why, features, outputs)
-        return along(outputs, 1, made.shape), None
+        return along(outputs, 1, step.shape), None
 
     def _modules(self, weight: str, bias: Tensor | None) -> tuple[str, ...]:
         """Name the modules whose weight and bias these are, and which a cut can resize as a whole."""
@@ -269,7 +228,7 @@ class Binding:
                         alike = np.array_equal(roots[lines[0].numpy()], roots[lines[1].numpy()])
                         use.is_selectable &= bool(alike and not self.classes.raw(lines[0]).any())
 
-    def settle(self) -> dict[str, Ends]:
+    def settle(self) -> dict[str, Dims]:
         """Say which channels lie along the dimensions of the tensors that no layer of torch's form resizes.
 
         A layer whose parameter is read elsewhere too stays, as does a parameter with channels in two dimensions, and a
@@ -283,7 +242,7 @@ class Binding:
                 if own in self.held:
                     use.is_selectable = False
                     self._freeze(self.held[own], use.inputs, use.outputs)
-        shrinking: dict[str, Ends] = {name: (labels,) for name, labels in self._told.items()}
+        shrinking: dict[str, Dims] = {name: (labels,) for name, labels in self._told.items()}
         shrinking |= {name: ends for use in self.uses.values() for name, ends in use.tensors.items()}
         for name, labels in self._elements.items():
             ends = None if name in self.held else self._ends_of(labels)
@@ -297,7 +256,7 @@ class Binding:
         own = [f"{name}.{tensor}" for name in use.names for tensor in ("weight", "bias")]
         return list(dict.fromkeys([key, *own, *use.tensors]))
 
-    def _ends_of(self, labels: Tensor) -> Ends | None:
+    def _ends_of(self, labels: Tensor) -> Dims | None:
         """Find the one dimension of a parameter along which its channels lie; None where they lie along several."""
         roots = tight(torch.from_numpy(np.asarray(self.classes.roots()[labels.numpy()])))
         vary = varying(roots)

@@ -13,22 +13,11 @@ from netslim.prune.map import operations as ops
 from netslim.prune.map.binding import LAYERS, Binding
 from netslim.prune.map.classes import UNNORMALISED, Classes, along, varying
 from netslim.prune.map.counts import Count, parts_of
+from netslim.prune.map.layers import Bond
 from netslim.prune.map.moves import Moves
 from netslim.prune.map.operations import Labelled, Step
 from netslim.prune.map.values import channelless, elementwise, is_constant, no_channels, not_zero, raised, together
-from netslim.prune.record import (
-    Call,
-    Example,
-    Failed,
-    Record,
-    Recorder,
-    arguments,
-    doubled,
-    is_inplace,
-    line_of_user,
-    said,
-    tensors_of,
-)
+from netslim.prune.record import Call, Record, Recorder, is_inplace, line_of_user, tensors_of
 
 
 class Flow:
@@ -135,7 +124,7 @@ class Flow:
         tensors = {key: numbers[id(x)] for key, x in given.items() if isinstance(x, Tensor)}
         own = {key: self._loose[number][0] if number in self._loose else "" for key, number in tensors.items()}
         labels = {key: self._of(n) for key, n in tensors.items() if key == "input" or not own[key]}
-        found, why = self.layers.bind(call, given, own, labels, made, lambda: self._place(call))
+        found, why = self.layers.bind(Bond(call, given, own, labels, made.shape, lambda: self._place(call)))
         if why is not None:
             self._hold(call, (args, kwargs), why)
         self._labels[call.outputs[0]] = self._mixed(call, [made], why or "")[0] if found is None else found
@@ -249,30 +238,6 @@ class Flow:
         if not call.home:
             return where or "its forward"
         return f"'{call.home}' ({where})" if where else f"'{call.home}'"
-
-
-def follow(model: nn.Module, example: Example, *, watch: bool = False) -> Flow:
-    """Run a copy of a network in both modes, and follow its labels; what holds in either mode holds.
-
-    Where values come up that nothing accounts for, it runs again, watched for compiled code.
-
-    Raises: `Failed` where it does not run in eval mode.
-    """
-    flow, wide = Flow(model), doubled(example)
-    first = Recorder(model.eval(), flow, watch=watch)
-    calls = first.run(*arguments(example)).calls
-    second = Recorder(model.train())
-    try:
-        if second.run(*arguments(wide)).calls != calls:
-            second = Recorder(model, flow, watch=watch)
-            second.run(*arguments(wide))
-    except Failed as failed:
-        if tensors_of(example)[0].is_meta:
-            raise  # with numbers it may run
-        flow.notes.append(f"training mode was not looked at: {said(failed, wide)}")
-    if not watch and (first.has_strangers or second.has_strangers):
-        return follow(model, example, watch=True)
-    return flow
 
 
 def _unknown(name: str) -> str:

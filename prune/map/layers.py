@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from netslim.prune.record import Call
 
 Coupling = Literal["group", "select"]
 """group: gammas of one class live or die together; select: each by itself, with index selections where needed."""
@@ -74,6 +79,44 @@ class Loose:
     name: str
     dims: tuple[tuple[int, ...] | None, ...]
     """Per dimension the numbers of its channels; None, as for dimensions that are left out, = it stays."""
+
+
+Dims = tuple[Tensor | None, ...]
+"""Per dimension of a tensor the labels of its channels; None = it has none."""
+
+
+@dataclass(frozen=True)
+class Bond:
+    """One call of a function with weights."""
+
+    call: Call
+    given: Mapping[str, Any]
+    """Its arguments by name."""
+    own: Mapping[str, str]
+    """The names of those that are parameters or buffers; empty for other tensors."""
+    labels: Mapping[str, Tensor]
+    """Of the input, and of the other tensors."""
+    shape: torch.Size
+    """Of what came out."""
+    place: Callable[[], str]
+    """Names the line of the call."""
+
+
+@dataclass
+class Use:
+    """A convolution, linear layer or BatchNorm: the labels that it reads and makes, at its first call."""
+
+    names: tuple[str, ...]
+    """The modules whose layer it is; or, where its tensors belong to a module of another form, that of its weight."""
+    kind: str
+    normalises: bool
+    inputs: Tensor  # (features,), CONSTANT where there is none that could be cut
+    outputs: Tensor  # (features,)
+    shift: str | None = None
+    """The beta of a BatchNorm whose gamma is no module's weight."""
+    is_selectable: bool = True
+    tensors: dict[str, Dims] = field(default_factory=dict)
+    """Parameters and buffers that are no module's of `names` -> what their dimensions are."""
 
 
 def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:

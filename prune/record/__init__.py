@@ -5,6 +5,7 @@ is asked of the record. How a call is seen, and how copies are made, is nobody e
 the names of its functions are known here for all.
 """
 
+from netslim.prune.record.calls import Call, Record, results_of, tensors_of
 from netslim.prune.record.copies import replica
 from netslim.prune.record.functions import CONVOLUTIONS, is_inplace, name_of, words
 from netslim.prune.record.kinds import (
@@ -19,8 +20,9 @@ from netslim.prune.record.kinds import (
     weight_of,
     widths,
 )
+from netslim.prune.record.lines import line_of_user
 from netslim.prune.record.questions import Questions
-from netslim.prune.record.recorder import Call, Failed, Record, Recorder, line_of_user, results_of, tensors_of
+from netslim.prune.record.recorder import Failed, Recorder
 from netslim.prune.record.running import (
     Example,
     arguments,

@@ -7,9 +7,9 @@ from functools import cached_property
 
 from torch import nn
 
+from netslim.prune.record.calls import Call, Record
 from netslim.prune.record.functions import CONVOLUTIONS, words
 from netslim.prune.record.kinds import NORMALISING, PRODUCING, is_plain
-from netslim.prune.record.recorder import Call, Record
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

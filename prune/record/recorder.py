@@ -1,15 +1,10 @@
-"""The record of a network: what one run of its forward called, on which parameters, in which order."""
+"""The recorder: sees every torch function that a run of a network calls."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from types import CodeType, FrameType
 from typing import Any, Protocol
 
 import torch
@@ -17,43 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from netslim.prune.record.calls import Call, Passage, Record, results_of, tensors_of
 from netslim.prune.record.functions import METADATA, is_inplace, name_of
+from netslim.prune.record.lines import line_of_traceback
 from netslim.prune.record.shapes import shaped
-
-
-@dataclasses.dataclass(slots=True, frozen=True)
-class Call:
-    """One call of a torch function. Values are numbered in the order in which they come up; a write makes a new one."""
-
-    name: str
-    """As in `name_of`."""
-    inputs: tuple[int, ...]
-    """The tensors among its arguments."""
-    outputs: tuple[int, ...]
-    home: str
-    """The module in whose forward it was called; empty = the network's own."""
-
-
-@dataclasses.dataclass(slots=True, frozen=True)
-class Passage:
-    """One call of a module: the tensors that went in and came out, and the module in whose forward it was called."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    home: str
-
-
-@dataclasses.dataclass(slots=True)
-class Record:
-    """What one run of a network's forward called."""
-
-    calls: list[Call] = dataclasses.field(default_factory=list)
-    parameters: dict[int, str] = dataclasses.field(default_factory=dict)
-    """Value -> the parameter or buffer that it is."""
-    passages: defaultdict[str, list[Passage]] = dataclasses.field(default_factory=lambda: defaultdict(list))
-    """Module -> its calls."""
-    results: tuple[int, ...] = ()
-    """The tensors that the network returned."""
 
 
 class Observer(Protocol):
@@ -274,79 +236,8 @@ class _Nothing:
 _NOTHING = _Nothing()
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """List the tensors in the arguments of a call, or in its result: alone, in lists, dictionaries or slices."""
-    found: list[Tensor] = []
-    _collect(value, found, None)
-    return found
-
-
-def results_of(value: Any) -> list[Tensor]:
-    """List the tensors in what a network returns, also those that objects hold."""
-    found: list[Tensor] = []
-    _collect(value, found, set())
-    return found
-
-
-def _collect(value: Any, found: list[Tensor], seen: set[int] | None) -> None:
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            _collect(part, found, seen)
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            _collect(part, found, seen)
-    elif isinstance(value, slice):
-        _collect((value.start, value.stop, value.step), found, seen)
-    elif seen is not None and not isinstance(value, (type, nn.Module)) and id(value) not in seen:
-        seen.add(id(value))
-        _collect(getattr(value, "__dict__", ()), found, seen)
-
-
 def _storage_of(value: Tensor) -> int:
     try:
         return int(value.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors
         return id(value)
-
-
-def line_of_user() -> str:
-    """Name the line of code outside torch that is being executed in the network's forward: file:line."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not Recorder.run.__code__:
-        if _is_users(frame.f_code):
-            return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
-def line_of_traceback(error: BaseException) -> str:
-    """Name the innermost line of the code outside torch that an error went through."""
-    found, step = "", error.__traceback__
-    while step is not None:
-        code = step.tb_frame.f_code
-        if _is_users(code):
-            found = f"{_short(code.co_filename)}:{step.tb_lineno}"
-        step = step.tb_next
-    return found
-
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # labels are followed meanwhile
-
-
-@cache
-def _is_users(code: CodeType) -> bool:
-    return not code.co_filename.startswith((_TORCH, _HERE, "<"))
-
-
-@cache
-def _short(path: str) -> str:
-    """Cut a path of a file down to what tells it from others: below the working directory, or the packages'."""
-    for root in ("site-packages", "dist-packages"):
-        _, found, rest = path.rpartition(os.sep + root + os.sep)
-        if found:
-            return rest
-    here = os.getcwd() + os.sep
-    return path.removeprefix(here) if path.startswith(here) else os.path.join(*path.split(os.sep)[-2:])

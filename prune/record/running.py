@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from netslim.prune.record.calls import Record, tensors_of
 from netslim.prune.record.copies import replica, weightless
-from netslim.prune.record.recorder import Failed, Record, Recorder, tensors_of
+from netslim.prune.record.recorder import Failed, Recorder
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a network is called with: images (n, 3, height, width), a tuple or list of positional arguments, or a dictionary

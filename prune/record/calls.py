@@ -1,0 +1,75 @@
+"""The record of a network: what one run of its forward called, on which parameters, in which order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(slots=True, frozen=True)
+class Call:
+    """One call of a torch function. Values are numbered in the order in which they come up; a write makes a new one."""
+
+    name: str
+    """As in `name_of`."""
+    inputs: tuple[int, ...]
+    """The tensors among its arguments."""
+    outputs: tuple[int, ...]
+    home: str
+    """The module in whose forward it was called; empty = the network's own."""
+
+
+@dataclass(slots=True, frozen=True)
+class Passage:
+    """One call of a module: the tensors that went in and came out, and the module in whose forward it was called."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    home: str
+
+
+@dataclass(slots=True)
+class Record:
+    """What one run of a network's forward called."""
+
+    calls: list[Call] = field(default_factory=list)
+    parameters: dict[int, str] = field(default_factory=dict)
+    """Value -> the parameter or buffer that it is."""
+    passages: defaultdict[str, list[Passage]] = field(default_factory=lambda: defaultdict(list))
+    """Module -> its calls."""
+    results: tuple[int, ...] = ()
+    """The tensors that the network returned."""
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """List the tensors in the arguments of a call, or in its result: alone, in lists, dictionaries or slices."""
+    found: list[Tensor] = []
+    _collect(value, found, None)
+    return found
+
+
+def results_of(value: Any) -> list[Tensor]:
+    """List the tensors in what a network returns, also those that objects hold."""
+    found: list[Tensor] = []
+    _collect(value, found, set())
+    return found
+
+
+def _collect(value: Any, found: list[Tensor], seen: set[int] | None) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            _collect(part, found, seen)
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            _collect(part, found, seen)
+    elif isinstance(value, slice):
+        _collect((value.start, value.stop, value.step), found, seen)
+    elif seen is not None and not isinstance(value, (type, nn.Module)) and id(value) not in seen:
+        seen.add(id(value))
+        _collect(getattr(value, "__dict__", ()), found, seen)
