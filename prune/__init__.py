@@ -6,7 +6,7 @@ from netslim.prune.map import ChannelMap, Coupling, map_channels
 from netslim.prune.repair import Calibration, Chunk, Repair, RepairConfig, absorb, chunk_size, repair
 from netslim.prune.scores import score_channels
 from netslim.prune.ship import Cost, Format, cost, export, folded, latency, load, load_plan, save
-from netslim.prune.slimming import cautions, open_gammas, plan_network, slim
+from netslim.prune.slimming import cautions, cut_proved, open_gammas, plan_network, slim
 
 __all__ = [
     "Calibration",
@@ -27,6 +27,7 @@ __all__ = [
     "chunk_size",
     "cost",
     "cut",
+    "cut_proved",
     "embed",
     "export",
     "folded",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from netslim.prune.choose import Plan, Rules, ShareGone, choose, realise, units_of
+from netslim.prune.choose import Plan, Rules, ShareGone, choose, realise, restricted, units_of
 from netslim.prune.cut import cut, prove, scales_of
-from netslim.prune.map import ChannelMap, Coupling, map_channels
+from netslim.prune.map import ChannelMap, Coupling, few, map_channels
 from netslim.prune.record import Example, tensor_of, weight_of
 from netslim.prune.repair import Calibration
 from netslim.prune.scores import score_channels
@@ -29,17 +30,74 @@ def slim(
     Args: example, as the network is called: images (n, 3, height, width), or a tuple, list or dictionary of arguments,
     on the model's device; ratio in [0, 1); calibration, for the score that measures on images; rules: the fields of
     `Rules`.
-    Raises: ValueError as `map_channels` and `plan_network` do; RuntimeError if cut and masked network differ.
+    Raises: ValueError as `map_channels` and `plan_network` do; RuntimeError as `cut_proved` does.
     """
     chosen = Rules.of(**rules)
     channels = map_channels(model, example, chosen.coupling)
     for line in cautions(model, channels, chosen.coupling):
         warnings.warn(line, stacklevel=2)
     scores = score_channels(model, channels, chosen, calibration)
-    plan = plan_network(model, channels, example, ratio, chosen, scores)
-    small = cut(model, plan)
-    prove(model, small, plan, example)
-    return small, plan
+    made = cut_proved(model, channels, example, ratio, chosen, scores)
+    for line in made.notes:
+        warnings.warn(line, stacklevel=2)
+    return made.small, made.plan
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A cut that was proved."""
+
+    small: nn.Module
+    plan: Plan
+    difference: float
+    """From the masked network, as `largest_difference` measures it."""
+    notes: tuple[str, ...]
+    """What had to stay all the same, in one line each."""
+
+
+def cut_proved(
+    model: nn.Module,
+    channels: ChannelMap,
+    example: Example,
+    ratio: float,
+    rules: Rules,
+    scores: Mapping[str, Tensor] | None = None,
+) -> Proved:
+    """Plan as `plan_network` does, cut and prove; where the proof fails, keep those channels and plan again.
+
+    So it is where a network's code counts on a width in a way that no map shows. Then each layer's channels are cut by
+    themselves, to find those that it fails for.
+
+    Raises: ValueError as `plan_network` and `prove` do; RuntimeError if no layer by itself fails the proof.
+    """
+    notes: list[str] = []
+    while True:
+        plan = plan_network(model, channels, example, ratio, rules, scores)
+        small = cut(model, plan)
+        try:
+            return Proved(small, plan, prove(model, small, plan, example), tuple(notes))
+        except RuntimeError:
+            unsound = _unsound(model, channels, plan, example)
+            if not unsound:
+                raise
+        for classes, why in unsound:
+            channels = channels.holding(classes, why)
+            notes.append(f"{len(classes)} channels stay: {why}")
+
+
+def _unsound(model: nn.Module, channels: ChannelMap, plan: Plan, example: Example) -> list[tuple[frozenset[int], str]]:
+    """Find the classes of a plan that cannot be cut by themselves, those that the same layers share together."""
+    found = []
+    alone = plan.rules.coupling == "select"
+    for names, classes in channels.together(alone=alone).items():
+        some = restricted(plan, channels, names)
+        if not some.num_removed:
+            continue
+        try:
+            prove(model, cut(model, some), some, example)
+        except RuntimeError as error:
+            found.append((classes, f"without channels of {few([repr(name) for name in names])} {error}"))
+    return found
 
 
 def cautions(model: nn.Module, channels: ChannelMap, coupling: Coupling = "group") -> list[str]:

@@ -523,3 +523,27 @@ def test_a_network_of_random_depth_is_mapped_whatever_it_drew():
     channels = map_channels(Deep(), EXAMPLE)
     assert random.getstate() == state
     assert channels.layers[0].classes == channels.layers[1].classes == channels.layers[2].classes
+
+
+def test_what_the_proof_alone_finds_stays_and_the_line_is_named():
+    table = {8: 1.0}  # there is nothing in it for another number of channels
+
+    def looked_up(x: Tensor) -> Tensor:
+        return x * table[len(x[0])]
+
+    model = scramble(Between(looked_up))
+    with pytest.warns(UserWarning, match=r"^8 channels stay: .*'first.1' the cut network does not run at .*:\d+: \d$"):
+        small, plan = slim(model, EXAMPLE, ratio=0.5)
+    assert len(plan.kept["first.1"]) == 8
+    assert plan.num_removed == 3
+    assert largest_difference(model, small, plan, EXAMPLE) < 1e-9
+
+
+def test_numbers_of_channels_that_python_keeps_for_itself_are_found_by_the_proof():
+    def halved(x: Tensor) -> Tensor:
+        return x / float(len(x[0]))  # the mean over channels, as if it were nothing
+
+    model = scramble(Between(halved))
+    with pytest.warns(UserWarning, match=r"^8 channels stay: .* differs from the masked one by "):
+        _, plan = slim(model, EXAMPLE, ratio=0.5)
+    assert len(plan.kept["first.1"]) == 8

@@ -8,7 +8,7 @@ from netslim.launch.run.job import Job
 from netslim.launch.run.runner import Make, run_stage
 from netslim.launch.run.stage import COMMANDS, TRAINED, Command, Kind, Pass, Stage, passes_to
 from netslim.launch.run.stages import finetune, prune, restore, sparsify
-from netslim.prune import map_channels, plan_network
+from netslim.prune import cut_proved, map_channels
 
 MAKE: dict[Command, Make] = {"sparsify": sparsify, "prune": prune, "repair": restore, "finetune": finetune}
 """What is particular to the stages of each command; `run_stage` does what all stages have in common."""
@@ -52,12 +52,13 @@ def commands_of(command: str, config: RunConfig) -> tuple[str, ...]:
 
 
 def rehearse(job: Job) -> None:
-    """Plan every cut on the untrained network: a ratio that the floors do not allow fails before any training."""
+    """Cut the untrained network at every ratio: what the floors or the network's code do not allow fails beforehand."""
+    rules = replace(job.config.prune.rules, score="gamma")
 
     def plan_all() -> None:
         model = job.build()
         channels = map_channels(model, job.blank_image, job.config.prune.coupling)
         for ratio in job.config.prune.ratio:
-            plan_network(model, channels, job.blank_image, ratio, replace(job.config.prune.rules, score="gamma"))
+            cut_proved(model, channels, job.blank_image, ratio, rules)
 
     job.run.on_main(plan_all)

@@ -9,7 +9,7 @@ from netslim.launch.run.job import Job
 from netslim.launch.run.runner import Made, Training
 from netslim.launch.run.stage import Kind, Pass, Stage
 from netslim.launch.run.summary import channel_rows, picture_cut
-from netslim.prune import Origin, Plan, cautions, cut, map_channels, open_gammas, plan_network, prove, repair
+from netslim.prune import Origin, Plan, cautions, cut, cut_proved, map_channels, open_gammas, repair
 from netslim.train import ModelConfig
 from netslim.train.models import build_network, initialise, is_own
 
@@ -50,13 +50,13 @@ def prune(job: Job, stage: Stage) -> Made:
     channels = map_channels(sparse, job.blank_image, config.prune.coupling)
     scores = job.scores(source, sparse, channels)
 
-    def decide() -> tuple[str, float]:
+    def decide() -> tuple[str, float, tuple[str, ...]]:
         images = job.test_images(16)
-        plan = plan_network(sparse, channels, images[:1], ratio, config.prune.rules, scores)
-        plan = replace(plan, origin=_origin(config.model, len(job.loaders.info.classes)))
-        return plan.to_json(), prove(sparse, cut(sparse, plan), plan, images)
+        made = cut_proved(sparse, channels, images, ratio, config.prune.rules, scores)
+        plan = replace(made.plan, origin=_origin(config.model, len(job.loaders.info.classes)))
+        return plan.to_json(), made.difference, made.notes
 
-    text, difference = run.on_main(decide)
+    text, difference, notes = run.on_main(decide)
     plan = Plan.from_json(text)
     small = cut(sparse, plan)
     run.check_same(plan.digest, f"at ratio {ratio}: the kept channels")
@@ -78,6 +78,7 @@ def prune(job: Job, stage: Stage) -> Made:
         says=lambda accuracy: (
             f"{plan.num_removed} of {plan.num_channels} channels removed ({plan.rules or 'no rules'}), "
             f"accuracy {accuracy:.4f}, cut and masked network differ by {difference:.1e}"
+            + "".join(f"; {note}" for note in notes)
         ),
         tables={"channels": rows},
         pictures=picture_cut(rows, list(gammas.values()), plan),

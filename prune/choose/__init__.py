@@ -8,7 +8,7 @@ from netslim.prune.choose.choice import ShareGone, choose, choose_zeros, make_pl
 from netslim.prune.choose.origin import Origin
 from netslim.prune.choose.plan import Kept, Plan, Selection, Slice, Trim
 from netslim.prune.choose.rules import Rules
-from netslim.prune.choose.slices import realise
+from netslim.prune.choose.slices import realise, restricted
 from netslim.prune.choose.units import units_of
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "choose_zeros",
     "make_plan",
     "realise",
+    "restricted",
     "units_of",
 ]

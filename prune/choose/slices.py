@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from netslim.prune.choose.plan import Selection, Slice, Trim
+from netslim.prune.choose.plan import Plan, Selection, Slice, Trim
 from netslim.prune.map import ChannelMap
 
 Flags = NDArray[np.bool_]
@@ -43,6 +44,27 @@ def realise(channels: ChannelMap, gone: Mapping[str, Flags]) -> Changes:
             makes = None if live_outputs.all() else _indices(live_outputs)
             slices.append(Slice(name=name, num_inputs=num_inputs, num_outputs=num_outputs, inputs=reads, outputs=makes))
     return tuple(slices), tuple(selections), tuple(_trims(channels, dead))
+
+
+def restricted(plan: Plan, channels: ChannelMap, names: Collection[str]) -> Plan:
+    """Make the plan that removes of a plan only what it removes of the BatchNorms named."""
+    gone, layers = {}, []
+    for layer in plan.layers:
+        flags = np.ones(layer.width, bool)
+        flags[list(layer.kept)] = False
+        gone[layer.name] = flags if layer.name in names else np.zeros(layer.width, bool)
+        layers.append(layer if layer.name in names else replace(layer, kept=tuple(range(layer.width))))
+    slices, selections, trims = realise(channels, gone)
+    removed = sum(int(flags.sum()) for flags in gone.values())
+    return replace(
+        plan,
+        threshold=plan.threshold if removed else None,
+        num_removed=removed,
+        layers=tuple(layers),
+        slices=slices,
+        selections=selections,
+        trims=trims,
+    )
 
 
 def _trims(channels: ChannelMap, dead: Flags) -> Iterator[Trim]:

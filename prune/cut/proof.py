@@ -18,6 +18,7 @@ from netslim.prune.record import (
     arguments,
     call,
     is_inplace,
+    line_of_traceback,
     moved,
     name_of,
     results_of,
@@ -70,9 +71,19 @@ def _compared(twin: nn.Module, small: nn.Module, example: Example, runs: Sequenc
                 if run is _trained:  # the map has said so
                     continue
                 raise
-            have = run(copy.deepcopy(small), example)
+            have = _run(run, copy.deepcopy(small), example)
         differences.append(relative_difference(have, want))
     return max(differences), is_double
+
+
+def _run(run: Run, small: nn.Module, example: Example) -> list[Tensor]:
+    """Run a cut network; RuntimeError, with the line, where its code does not bear the cut."""
+    try:
+        return run(small, example)
+    except Exception as error:  # it runs the network's own code, which may raise anything
+        where = line_of_traceback(error)
+        what = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RuntimeError(f"the cut network does not run{' at ' * bool(where)}{where}: {what}") from error
 
 
 def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Example) -> float:

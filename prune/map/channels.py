@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -89,6 +90,32 @@ class ChannelMap:
     @cached_property
     def _by_name(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}
+
+    def together(self, *, alone: bool = False) -> dict[tuple[str, ...], frozenset[int]]:
+        """Put together the classes of the same BatchNorms, by their names; or of each one BatchNorm, `alone`."""
+        if alone:
+            return {(layer.name,): frozenset(layer.classes) for layer in self.layers}
+        found: dict[tuple[str, ...], set[int]] = {}
+        for number, (norms, _, _) in self.structures.items():
+            found.setdefault(norms, set()).add(number)
+        return {norms: frozenset(classes) for norms, classes in found.items()}
+
+    def holding(self, classes: Collection[int], why: str) -> ChannelMap:
+        """Copy the map with these classes held, for the reason given."""
+        fixed = np.array(self.fixed)
+        layers = []
+        for layer in self.layers:
+            held = np.isin(layer.classes, list(classes))
+            for side in self.ends[layer.name]:
+                fixed[side[held]] = True
+            layers.append(
+                replace(
+                    layer,
+                    holds=tuple(why if is_held else hold for is_held, hold in zip(held, layer.holds, strict=True)),
+                    selects=tuple(one and not is_held for is_held, one in zip(held, layer.selects, strict=True)),
+                )
+            )
+        return replace(self, layers=tuple(layers), fixed=tuple(fixed.tolist()))
 
     def families(self) -> tuple[Family, ...]:
         """Put together the channel classes that the same layers share, in the order of execution."""

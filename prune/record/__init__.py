@@ -20,7 +20,7 @@ from netslim.prune.record.kinds import (
     weight_of,
     widths,
 )
-from netslim.prune.record.lines import line_of_user
+from netslim.prune.record.lines import line_of_traceback, line_of_user
 from netslim.prune.record.questions import Questions
 from netslim.prune.record.recorder import Failed, Recorder
 from netslim.prune.record.running import (
@@ -57,6 +57,7 @@ __all__ = [
     "is_inplace",
     "is_plain",
     "layers_of",
+    "line_of_traceback",
     "line_of_user",
     "moved",
     "name_of",
