@@ -33,14 +33,14 @@ def replica(model: Network, memo: dict[int, Any]) -> Network:
 
 
 def weightless(model: nn.Module) -> nn.Module:
-    """Copy the network, in eval mode, onto the meta device, where shapes cost no arithmetic."""
+    """Copy the network onto the meta device, where shapes cost no arithmetic."""
     memo: dict[int, object] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return replica(model, memo).eval()
+    return replica(model, memo)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -93,9 +93,27 @@ def on_a_copy(model: nn.Module, example: Example, ask: Callable[[nn.Module, Exam
     """
     with untouched(model), torch.no_grad():
         try:
-            return ask(weightless(model), moved(example, "meta"))
+            return ask(_alone(weightless(model)), moved(example, "meta"))
         except Exception:  # whatever it was: the copy with numbers decides, and its error is the user's
-            return ask(replica(model, {}).eval(), moved(example))
+            return ask(_alone(replica(model, {})), moved(example))
+
+
+class _Alone(nn.SyncBatchNorm):
+    """A BatchNorm that asks no other process: where others run too, they need not do the same at this moment."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, x)  # one forward for all kinds
+
+
+_Alone.__name__ = nn.SyncBatchNorm.__name__
+
+
+def _alone(model: nn.Module) -> nn.Module:
+    """Put a copy into eval mode, where it needs no other process in either mode."""
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = _Alone
+    return model.eval()
 
 
 def recorded(model: nn.Module, example: Example) -> Record:
@@ -183,7 +201,7 @@ def _is_same(state: dict[str, Any], before: dict[str, Any]) -> bool:
 
 
 def _keep(value: Any, boxes: dict[int, tuple[Any, Any]]) -> None:
-    if type(value) in (dict, list, set) and value is not None:
+    if type(value) in (dict, list, set):
         boxes.setdefault(id(value), (value, value.copy()))
     elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor, FunctionType)):
         boxes.setdefault(id(value.__dict__), (value.__dict__, dict(value.__dict__)))
