@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -15,12 +16,11 @@ from netslim.prune.choose import Plan
 from netslim.prune.cut.surgery import masked
 from netslim.prune.record import (
     Example,
-    arguments,
     call,
-    is_inplace,
     line_of_traceback,
     moved,
     name_of,
+    replica,
     results_of,
     trains_alike,
     untouched,
@@ -61,17 +61,17 @@ def _compared(twin: nn.Module, small: nn.Module, example: Example, runs: Sequenc
     differences, is_double = [0.0], True
     for run in runs:
         try:
-            want = run(copy.deepcopy(twin).to(dtype=torch.float64), moved(example, dtype=torch.float64))
-            have = run(copy.deepcopy(small).to(dtype=torch.float64), moved(example, dtype=torch.float64))
+            want = run(replica(twin, {}).to(dtype=torch.float64), moved(example, dtype=torch.float64))
+            have = run(replica(small, {}).to(dtype=torch.float64), moved(example, dtype=torch.float64))
         except Exception:  # whatever it is: its own precision decides, and that error is the user's
             is_double = False
             try:
-                want = run(copy.deepcopy(twin), example)
+                want = run(replica(twin, {}), example)
             except Exception:
                 if run is _trained:  # the map has said so
                     continue
                 raise
-            have = _run(run, copy.deepcopy(small), example)
+            have = _run(run, replica(small, {}), example)
         differences.append(relative_difference(have, want))
     return max(differences), is_double
 
@@ -128,25 +128,34 @@ def _is_finite(twin: nn.Module, example: Example) -> bool:
     return all(bool(torch.isfinite(output).all()) for output in _evaluated(twin, example))
 
 
-@torch.no_grad()
 def _evaluated(model: nn.Module, example: Example) -> list[Tensor]:
-    return results_of(call(model.eval(), example))
+    return _results(model.eval(), example)
 
 
-@torch.no_grad()
 def _trained(model: nn.Module, example: Example) -> list[Tensor]:
     for module in model.train().modules():
         if "running_mean" in module._buffers:
             module.eval()
+    return _results(model, example)
+
+
+@torch.no_grad()
+def _results(model: nn.Module, example: Example) -> list[Tensor]:
     devices = [p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")][:1]
-    with torch.random.fork_rng(devices), _Still():
-        torch.manual_seed(0)
-        args, kwargs = arguments(example)
-        return results_of(model(*args, **kwargs))
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices), _Still():
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            return results_of(call(model, example))
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class _Still(TorchFunctionMode):
-    """Takes out of a training run what is drawn for each channel: two networks of different widths would differ."""
+    """Takes out of a run what is drawn for each channel: two networks of different widths would differ."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -154,10 +163,9 @@ class _Still(TorchFunctionMode):
         kwargs, name = kwargs or {}, name_of(func)
         if name in _DROPPING:
             return args[0] if args else kwargs["input"]
-        if name in _DRAWING and not is_inplace(func):
-            return torch.full_like(args[0], 0.5)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return result.fill_(0.5) if name in _DRAWING and isinstance(result, Tensor) else result
 
 
 _DROPPING = words("dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout")
-_DRAWING = words("rand_like randn_like")
+_DRAWING = words("rand randn rand_like randn_like bernoulli normal uniform exponential")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Protocol
@@ -121,7 +120,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
 def silenced(model: nn.Module, plan: Plan, names: Sequence[str]) -> nn.Module:
     """Copy the network with these parameters of the removed channels at 0; raises as `cut` does."""
     fitting_layers(model, plan)
-    twin = copy.deepcopy(model)
+    twin = replica(model, {})
     for layer in plan.layers:
         gone = sorted(set(range(layer.width)) - set(layer.kept))
         if gone:

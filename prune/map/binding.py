@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from netslim.prune.map.classes import CONSTANT, UNNORMALISED, Classes, along, line, tight, varying
-from netslim.prune.map.counts import Count
+from netslim.prune.map.counts import Count, plain
 from netslim.prune.map.layers import Bond, Dims, Use, few
 from netslim.prune.map.operations import Labelled
 from netslim.prune.record import (
@@ -20,6 +20,7 @@ from netslim.prune.record import (
     Call,
     Record,
     layers_of,
+    tensor_of,
     widths,
 )
 
@@ -48,10 +49,14 @@ class Binding:
         """What the user should know, in one line each."""
         self._elements: dict[str, Tensor] = {}
         self._told: dict[str, Tensor] = {}
+        self._forms: dict[str, str] = {}
+        """Weight -> the function that it goes into."""
+        self._odd: set[str] = set()
+        """Weights that go into functions of different forms."""
         self._homes: dict[str, list[str]] = {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, module in model.named_modules():
-            weight = module._parameters.get("weight")
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
             if weight is not None:
                 self._homes.setdefault(names[id(weight)], []).append(name)
 
@@ -70,7 +75,7 @@ class Binding:
         if call.name == "batch_norm":
             return self._batch_norm(step)
         rank = CONVOLUTIONS.get(call.name, 0)
-        dim, groups = len(step.shape) - rank - 1, int(given.get("groups", 1))
+        dim, groups = len(step.shape) - rank - 1, plain(given.get("groups", 1))
         if not own["weight"]:
             return self._fixed(step, dim, groups)
         names = self._modules(own["weight"], given.get("bias"))
@@ -82,13 +87,14 @@ class Binding:
             why = f"grouped transposed convolution {label}"
         elif deep and not names and not isinstance(given["groups"], Count):
             why = f"the number of groups is written into '{call.name}' at {step.place()}"
+        elif not deep and isinstance(given.get("groups"), Count):
+            why = f"'{call.name}' counts its groups at {step.place()}"
         bias = own.get("bias", "")
         if given.get("bias") is not None and not bias:
             why = f"{label} computes its bias from other tensors"
         outputs = self._made(features, step.shape[dim], groups, label, has_bias=given.get("bias") is not None)
-        use = self._used(
-            own["weight"], Use(names or (own["weight"],), self._kind(names, call), False, features, outputs)
-        )
+        use = Use(names or (own["weight"],), self._kind(names, call), False, features, outputs)
+        use = self._used(own["weight"], use, call.name)
         if not names:
             reads = None if deep else features[: len(features) // groups]
             use.tensors[own["weight"]] = (reads, outputs) if is_transposed else (outputs, reads)
@@ -127,7 +133,7 @@ class Binding:
         use = Use(names or (gamma,), self._kind(names, call), True, features, outputs)
         if not gamma:
             why = f"BatchNorm '{name}' has no gamma (affine=False)"
-        use = self._used(gamma or name, use)
+        use = self._used(gamma or name, use, call.name)
         if not names:
             use.shift, use.is_selectable = shift, False
         for key in ("running_mean", "running_var", "weight", "bias"):
@@ -148,16 +154,18 @@ class Binding:
         return tuple(
             name
             for name, module in modules
-            if module._parameters.get("bias") is bias
-            and (isinstance(module, WEIGHTED) or {"running_mean", "running_var"} <= module._buffers.keys())
+            if getattr(module, "bias", None) is bias
+            and (isinstance(module, WEIGHTED) or hasattr(module, "running_mean"))
         )
 
     def _kind(self, names: tuple[str, ...], call: Call) -> str:
         return type(self.model.get_submodule(names[0])).__name__ if names else call.name
 
-    def _used(self, key: str, use: Use) -> Use:
+    def _used(self, key: str, use: Use, form: str) -> Use:
         """Keep a layer by its first call; join the labels of a further one."""
         first = self.uses.setdefault(key, use)
+        if self._forms.setdefault(key, form) != form:
+            self._odd.add(key)
         if first is not use:  # in the other mode, or once more in this one
             first.names = tuple(dict.fromkeys((*first.names, *use.names)))
             self.classes.join(first.inputs, use.inputs)
@@ -235,6 +243,7 @@ class Binding:
         layer that was never called.
         """
         self._keep_unused()
+        self._keep_shared()
         for key, use in self.uses.items():
             for own in self._tensors_of(use, key):
                 if own in self._elements and own not in self.held:
@@ -252,8 +261,25 @@ class Binding:
                 shrinking[name] = ends
         return shrinking
 
+    def _keep_shared(self) -> None:
+        """Keep the layers that share a tensor which is not the same to them: a bias, or a scale with two shifts."""
+        owners: dict[int, set[str]] = {}
+        for key, use in self.uses.items():
+            for own in self._tensors_of(use, key):
+                tensor = tensor_of(self.model, own)
+                if tensor is not None:
+                    owners.setdefault(id(tensor), set()).add(key)
+        shared = {key for keys in owners.values() if len(keys) > 1 for key in keys}
+        shared |= {key for key, use in self.uses.items() if use.normalises and len(use.names) > 1}
+        shared |= self._odd
+        for key in shared:
+            use = self.uses[key]
+            use.is_selectable = False
+            self._freeze(f"'{use.names[0]}' shares a parameter with a layer of another form", use.inputs, use.outputs)
+
     def _tensors_of(self, use: Use, key: str) -> list[str]:
-        own = [f"{name}.{tensor}" for name in use.names for tensor in ("weight", "bias")]
+        keys = ("weight", "bias", "running_mean", "running_var")
+        own = [f"{name}.{tensor}" for name in use.names for tensor in keys]
         return list(dict.fromkeys([key, *own, *use.tensors]))
 
     def _ends_of(self, labels: Tensor) -> Dims | None:
@@ -274,7 +300,9 @@ class Binding:
             inputs, outputs = (self.classes.fresh(width, UNNORMALISED) for width in widths(layer))
             parameters = (f"{name}.{key}" for key in layer._parameters)
             why = next((self.held[key] for key in parameters if key in self.held), "")
-            if not why:
+            if not why and any(f"{name}.{key}" in self._elements for key in layer._parameters):
+                why = f"what is computed with the parameters of '{name}' is not known"
+            elif not why:
                 unused.append(f"'{name}'")
                 why = f"'{name}' is never called"
             use = Use(

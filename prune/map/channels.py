@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from netslim.prune.map.classes import CONSTANT, Ints, merged
+from netslim.prune.map.counts import UNHASHABLE
 from netslim.prune.map.families import Family, Structure, families, structures, table_of_families, table_of_norms
 from netslim.prune.map.flow import Flow
 from netslim.prune.map.layers import Coupling, Ends, Layer, Loose, few
 from netslim.prune.record import (
-    Call,
+    Course,
     Example,
     Failed,
     Recorder,
@@ -178,47 +179,50 @@ def map_channels(model: nn.Module, example: Example, coupling: Coupling = "group
     return channels
 
 
-def _follow(model: nn.Module, example: Example, *, watch: bool = False) -> Flow:
+def _follow(model: nn.Module, example: Example, *, watch: bool = False, hashes: bool = False) -> Flow:
     """Run a copy of a network in both modes, and follow its labels; what holds in any run holds.
 
     A network that draws random numbers while it runs is run with several seeds in each mode. Where values come up that
-    nothing accounts for, all is done again, watched for compiled code.
+    nothing accounts for, all is done again, watched for compiled code; and where it looks up a number of channels.
 
     Raises: `Failed` where it does not run in eval mode.
     """
-    seen: list[list[Call]] = []
-    flow, has_strangers = Flow(model), False
+    seen: list[Course] = []
+    flow, has_strangers = Flow(model, hashes=hashes), False
     for some, is_training in ((example, False), (doubled(example), True)):
-        model.train(is_training)
         for seed in range(_SEEDS):
             try:
-                recorder, is_random = _run(model, some, seed, None if seen else flow, watch=watch)
-                if seen and recorder.record.calls not in seen:
-                    recorder, _ = _run(model, some, seed, flow, watch=watch)
+                recorder, is_random = _run(model, some, seed, None if seen else flow, is_training, watch=watch)
+                if seen and recorder.record.course not in seen:
+                    recorder, _ = _run(model, some, seed, flow, is_training, watch=watch)
             except Failed as failed:
+                if UNHASHABLE in str(failed.error) and not hashes:
+                    return _follow(model, example, watch=watch, hashes=True)
                 if not is_training or tensors_of(example)[0].is_meta:
                     raise  # with numbers it may run
                 flow.notes.append(f"training mode was not looked at: {said(failed, some)}")
                 break
-            seen.append(recorder.record.calls)
+            seen.append(recorder.record.course)
             has_strangers |= recorder.has_strangers
             if not is_random:
                 break
-    return _follow(model, example, watch=True) if has_strangers and not watch else flow
+    return _follow(model, example, watch=True, hashes=hashes) if has_strangers and not watch else flow
 
 
 _SEEDS = 4
 """Of a network that draws random numbers, the runs in each mode."""
 
 
-def _run(model: nn.Module, example: Example, seed: int, flow: Flow | None, *, watch: bool) -> tuple[Recorder, bool]:
+def _run(
+    model: nn.Module, example: Example, seed: int, flow: Flow | None, is_training: bool, *, watch: bool
+) -> tuple[Recorder, bool]:
     """Run a network once, and tell whether it drew random numbers of Python's, NumPy's or torch's on the CPU."""
     recorder = Recorder(model, flow, watch=watch)
     random.seed(seed)
     np.random.seed(seed)  # the generator that networks draw from
     torch.default_generator.manual_seed(seed)
     before = _random_states()
-    recorder.run(*arguments(example))
+    recorder.run(*arguments(example), is_training=is_training)
     return recorder, _random_states() != before
 
 

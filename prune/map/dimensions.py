@@ -57,6 +57,8 @@ def padded(classes: Classes, step: Step) -> Labelled:
     """Pad places with anything, and channels with zeros, which are no channels."""
     given = step.given("input", "pad", "mode", "value")
     labels, amounts = given["input"], given["pad"]
+    if parts_of((amounts, given.get("value")), Count):
+        return None, "'pad' by a number of channels"
     fill = None if given.get("mode", "constant") != "constant" else given.get("value") or 0
     vary = varying(labels)
     ends = {labels.dim() - 1 - order: amounts[2 * order : 2 * order + 2] for order in range(len(amounts) // 2)}

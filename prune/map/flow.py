@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from netslim.prune.map import dimensions as dims
 from netslim.prune.map import operations as ops
 from netslim.prune.map.binding import LAYERS, Binding
-from netslim.prune.map.classes import UNNORMALISED, Classes, along, varying
+from netslim.prune.map.classes import UNNORMALISED, Classes, along, line, varying
 from netslim.prune.map.counts import Count, parts_of
 from netslim.prune.map.layers import Bond
 from netslim.prune.map.moves import Moves
@@ -27,12 +28,12 @@ class Flow:
     which the labels do not vary, so labels of large images cost no memory and the varying dimensions can be read off.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, hashes: bool = False) -> None:
         self.classes = Classes()
         self.layers = Binding(model, self.classes)
         self.notes: list[str] = []
         """What was not looked at, in one line each."""
-        self._moves = Moves(self.classes)
+        self._moves = Moves(self.classes, hashes=hashes)
         self._labels: dict[int, Tensor] = {}
         self._loose: dict[int, tuple[str, torch.Size]] = {}
         self._tainted: set[int] = set()
@@ -62,7 +63,7 @@ class Flow:
         """Keep what the network returns, and what is about a decision that it makes by values; the run is over."""
         for number in record.results:
             self.classes.freeze(self._of(number), "network output")
-        for home, why in self._decisions.items():
+        for home, why in _passed_on(self._decisions, record).items():
             own = record.passages.get(home, ())
             inside = (each for calls in record.passages.values() for each in calls if each.home == home)
             calls = (call for call in record.calls if call.home == home)
@@ -82,7 +83,23 @@ class Flow:
         made: Sequence[Tensor],
         recorder: Recorder,
     ) -> None:
-        """Label what a call made."""
+        """Label what a call made; what is called with arguments that no rule foresees, stays."""
+        try:
+            self._follow(call, function, args, kwargs, made, recorder)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            why = f"'{call.name}' with these arguments at {self._place(call)}"
+            self._hold(call, (args, kwargs), why)
+            self._labels |= dict(zip(call.outputs, self._mixed(call, made, why), strict=True))
+
+    def _follow(
+        self,
+        call: Call,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        made: Sequence[Tensor],
+        recorder: Recorder,
+    ) -> None:
         order = iter(call.inputs)
         if not self._tainted.isdisjoint(call.inputs):
             self._tainted.update(call.outputs)
@@ -142,6 +159,9 @@ class Flow:
             return [no_channels(shape) for shape in step.shapes], None
         if name in ops.MOVING:
             return self._moved(step)
+        if name == "setitem":
+            labels, why = self._put(step)
+            return None if labels is None else [labels], why
         if name == "instance_norm":
             self.layers.tell(step.home, operands[0])
         rule = _RULES.get(name)
@@ -162,7 +182,7 @@ class Flow:
         if step.name == "channel_shuffle":
             shuffled, why = self._moves.shuffle(step)
             return None if shuffled is None else [shuffled], why
-        if step.name in ("expand", "broadcast_to") and not varying(operands[0]):
+        if step.name in ("expand", "broadcast_to", "repeat") and self._is_bare(operands[0]):
             asked = self._moves.asked("expand", step.args, step.kwargs)
             if any(isinstance(size, Count) for size in asked):
                 made = self._moves.counted(asked, step.shape, UNNORMALISED)
@@ -172,6 +192,32 @@ class Flow:
             return None if single is None else [single[0].expand(shape) for shape in step.shapes], why
         return self._moves.move(step)
 
+    def _put(self, step: Step) -> Labelled:
+        """Label a value into which another one is put, at places that hold all its channels."""
+        whole, index, value = step.args
+        if isinstance(index, Tensor) and not isinstance(value, Tensor):
+            filling = replace(step, name="masked_fill", function=torch.masked_fill, shapes=[whole.shape])
+            return elementwise(self.classes, filling)
+        parts = index if isinstance(index, tuple) else (index,)
+        plain = all(isinstance(part, slice) or type(part) is int for part in parts)
+        if len(varying(whole)) != 1 or not plain:
+            return None, "'setitem' of something else than whole channels"
+        (dim,) = varying(whole)
+        if dim < len(parts) and parts[dim] != slice(None):
+            return None, "'setitem' chooses channels by position"
+        region = whole[index]
+        if not isinstance(value, Tensor):
+            return (whole if not value else raised(self.classes, whole, not_zero(step))), None
+        made = together(self.classes, [region, value.expand(region.shape)], -1, region.shape)
+        if made is None:
+            return None, "'setitem' of values with different channels"
+        (at,) = varying(made)
+        return along(line(made, at), dim, whole.shape), None
+
+    def _is_bare(self, labels: Tensor) -> bool:
+        """Tell whether a value has no channels yet."""
+        return not varying(labels) or self.classes.is_free(labels)
+
     def _anew(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
         """Label what is made of sizes: a constant, unless channels are counted for it."""
         args = step.args
@@ -179,6 +225,8 @@ class Flow:
             return [raised(self.classes, args[0], not_zero(step))], None
         if not parts_of((args, step.kwargs), Count):
             return [no_channels(shape) for shape in step.shapes], None
+        if step.name.removeprefix("new_") not in _SIZED:
+            return None, "computed from the number of channels"
         rest = [part for part in args if not isinstance(part, Tensor)]
         asked = step.kwargs.get("size", rest[0] if rest and isinstance(rest[0], (tuple, list)) else rest)
         counted = self._moves.counted(asked, step.shape, 0 if step.name.endswith("zeros") else UNNORMALISED)
@@ -240,15 +288,39 @@ class Flow:
         return f"'{call.home}' ({where})" if where else f"'{call.home}'"
 
 
+def _passed_on(decisions: Mapping[str, str], record: Record) -> dict[str, str]:
+    """Add the modules that are told of a decision: their forward calls one that returns more than tensors."""
+    found, rest = dict(decisions), list(decisions)
+    while rest:
+        home = rest.pop()
+        for passage in record.passages.get(home, ()):
+            if passage.tells and passage.home not in found:
+                found[passage.home] = found[home]
+                rest.append(passage.home)
+    return found
+
+
+def _copied(classes: Classes, step: Step) -> Labelled:
+    """Take the labels of what is written over a value."""
+    return step.operands[1].expand(step.shape), None
+
+
+def _first(classes: Classes, step: Step) -> Labelled:
+    """Take labels through a change of type or place, for which another value may be the model."""
+    return step.operands[0], None
+
+
 def _unknown(name: str) -> str:
     return f"operation '{name}' is not known to keep channels apart"
 
 
+_SIZED = ("zeros", "ones", "empty", "rand", "randn")
 _RULES: dict[str, Callable[[Classes, Step], Labelled]] = dict.fromkeys(ops.ELEMENTWISE, elementwise)
 _RULES |= dict.fromkeys((*ops.LOCAL, "interpolate"), dims.pooled)
 _RULES |= dict.fromkeys(ops.REDUCING - ops.ELEMENTWISE, dims.reduced)
 _RULES |= dict.fromkeys(("softmax", "log_softmax", "softmin"), dims.softened)
 _RULES |= dict.fromkeys(("grid_sample", "grid_sampler", "roi_align", "roi_pool"), dims.sampled)
+_RULES |= dict.fromkeys(("to", "type_as"), _first) | {"copy": _copied}
 _RULES |= {
     "pad": dims.padded,
     "unfold": dims.unfolded,

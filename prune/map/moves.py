@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from math import gcd, lcm
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from netslim.prune.map.classes import Classes, Ints, along, compact, distinct, line, merged, tight, varying
-from netslim.prune.map.counts import Count, parts_of
+from netslim.prune.map.counts import Count, Term, parts_of, plain
 from netslim.prune.map.operations import CHOOSING, RESHAPING, Labelled, Step, to_labels
 from netslim.prune.record import line_of_user
 
@@ -21,31 +22,21 @@ from netslim.prune.record import line_of_user
 class Moves:
     """Follows labels through functions that move data, and remembers the counts of channels to check at the end."""
 
-    def __init__(self, classes: Classes) -> None:
-        self.classes = classes
-        self._promises: list[tuple[Count, Tensor, Fraction, str]] = []
-        self._answers: list[tuple[Tensor, str]] = []
+    def __init__(self, classes: Classes, *, hashes: bool) -> None:
+        self.classes, self.hashes = classes, hashes
+        """Whether the network looks numbers of channels up."""
+        self._promises: list[tuple[Sequence[Term], int, str]] = []
 
     def sizes(self, labels: Tensor) -> tuple[int, ...]:
         """Give the shape of a value, the dimensions that hold channels as counts of these."""
         vary = varying(labels)
         return tuple(Count(n, line(labels, d), self) if d in vary else n for d, n in enumerate(labels.shape))
 
-    def compared(self, count: Count, other: object) -> None:
-        """Learn that the network compares a number of channels: the answer has to stay what it is.
-
-        Compared with zero it does: every layer keeps a channel.
-        """
-        if not isinstance(other, int) or (not isinstance(other, Count) and other <= 0):
-            return
-        if _asks_itself():
-            return
-        where = line_of_user()
-        why = f"its number of channels is compared{' at ' * bool(where)}{where}"
-        if isinstance(other, Count):
-            self._promises.append((count, other.labels, other.share, why))
-        else:
-            self._answers.append((count.labels, why))
+    def promise(self, terms: Sequence[Term], what: str, multiple: int = 0) -> None:
+        """Learn that a sum of numbers of channels has to stay, or to stay a multiple of something."""
+        if not _asks_itself():
+            where = line_of_user()
+            self._promises.append((terms, multiple, f"its number of channels is {what}{' at ' * bool(where)}{where}"))
 
     def move(self, step: Step) -> tuple[list[Tensor] | None, str | None]:
         """Execute the function on the labels; say why if it would do something else once channels are gone."""
@@ -63,7 +54,7 @@ class Moves:
         elif name in RESHAPING and name != "flatten":
             why = self._reshaped(name, self.asked(name, args, kwargs), after[0], step.place)
         elif name in CHOOSING:
-            why = self._chosen(name, args, kwargs, before[0], after)
+            why = self._chosen(name, args, kwargs, before[0], after, step.place)
         if why is None and any(len(self._spread(t)) > 1 for t in (*before, *after)):
             why = f"'{name}' lays channels over two dimensions"
         return after, why
@@ -90,30 +81,29 @@ class Moves:
         return along(parts.t().flatten(), 1, labels.shape), None
 
     def settle(self, norms: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keep the channels whose number the network computes from that of other channels.
+        """Keep the channels without which a number that the network computes from them would be another.
 
         Args: norms, the labels before and after each BatchNorm: where it reads all that another one makes, their
         number is the same if they are one channel.
         """
         sides = [np.concatenate([part.numpy() for part in side]) for side in zip(*norms, strict=True)] or [_NONE, _NONE]
         connected = merged(self.classes.roots(), *sides)
-        for count, labels, _, _ in self._promises:
-            before, after = count.labels.numpy(), labels.numpy()
-            if before.shape == after.shape and np.array_equal(connected[before], connected[after]):
-                self.classes.join(count.labels, labels)
+        for terms, _, _ in self._promises:
+            if len(terms) == 2 and not sum(share for _, share in terms):
+                before, after = (labels.numpy() for labels, _ in terms)
+                if before.shape == after.shape and np.array_equal(connected[before], connected[after]):
+                    self.classes.join(*(labels for labels, _ in terms))
         roots = self.classes.roots()
-        for count, labels, share, place in self._promises:
-            counted, laid = roots[count.labels.numpy()], roots[labels.numpy()]
-            low = min(int(counted.min()), int(laid.min()))
-            tally = np.bincount(counted - low, minlength=int(laid.max()) - low + 1)
-            other = np.bincount(laid - low, minlength=len(tally))
-            ratio = count.share / share
-            if not np.array_equal(tally * ratio.numerator, other * ratio.denominator):
-                for part in (count.labels, labels):
-                    self.classes.freeze(part, place)
-        for labels, why in self._answers:
-            self.classes.freeze(labels, why)
-        self._promises, self._answers = [], []
+        for terms, multiple, why in self._promises:
+            scale = lcm(*(share.denominator for _, share in terms))
+            numbers = [roots[labels.numpy()].flatten() for labels, _ in terms]
+            weights = [int(share * scale) for _, share in terms]
+            found, places = np.unique(np.concatenate(numbers), return_inverse=True)
+            each = np.repeat(weights, [len(some) for some in numbers])
+            tally = np.bincount(places, each, len(found)).round().astype(np.int64)
+            odd = tally % (multiple * scale) if multiple else tally
+            self.classes.freeze(torch.from_numpy(found[odd != 0]), why)
+        self._promises = []
 
     def _spread(self, labels: Tensor) -> set[int]:
         vary = varying(labels)
@@ -126,7 +116,7 @@ class Moves:
         vary = varying(labels)
         written = {d for d in vary if d < len(asked) and not isinstance(asked[d], Count) and asked[d] != -1}
         if self.classes.is_free(labels):
-            return None
+            return f"the size of a parameter is written into '{name}' (use -1)" if written else None
         if len(vary) == 1 and written:
             return f"the number of channels is written into '{name}' (use flatten(1) or -1)"
         for dim in written if len(vary - written) == 1 else ():
@@ -136,11 +126,11 @@ class Moves:
             return f"'{name}' lays channels over two dimensions"
         for dim in vary - written:
             if isinstance(asked[dim], Count):
-                why = f"'{name}' counts other channels at {place}"
-                self._promises.append((asked[dim], line(labels, dim), Fraction(1), why))
+                terms = [asked[dim].term, (line(labels, dim), Fraction(-1))]
+                self._promises.append((terms, 0, f"'{name}' counts other channels at {place}"))
         return None
 
-    def _chosen(self, name: str, args: Any, kwargs: Any, labels: Tensor, after: list[Tensor]) -> str | None:
+    def _chosen(self, name: str, args: Any, kwargs: Any, labels: Tensor, after: list[Tensor], place: str) -> str | None:
         """Bind the parts of a chunk or split in equal parts; other choices along the channels freeze them."""
         if name == "getitem" and not _is_plain_index(args[1]) and not self._stands_apart(args[1], labels):
             return "'getitem' chooses by a list or tensor"
@@ -159,6 +149,8 @@ class Moves:
         counted = isinstance(size, Count) or (
             isinstance(size, (list, tuple)) and bool(size) and all(isinstance(part, Count) for part in size)
         )
+        if name in ("getitem", "narrow") and self._halved(name, args, kwargs, labels, place):
+            return None
         if name not in ("chunk", "split", "split_with_sizes", "tensor_split") or not equal:
             return f"'{name}' chooses channels by position"
         if name in ("split", "split_with_sizes") and not counted:
@@ -166,8 +158,36 @@ class Moves:
         for part in after[1:]:
             self.classes.join(compact(after[0]), compact(part))
         for one in parts_of(size, Count) if name.startswith("split") else ():
-            self._promises.append((one, compact(after[0]).flatten(), Fraction(1), f"'{name}' counts other channels"))
+            terms = [one.term, (compact(after[0]).flatten(), Fraction(-1))]
+            self._promises.append((terms, 0, f"'{name}' counts other channels at {place}"))
         return None
+
+    def _halved(self, name: str, args: Any, kwargs: Any, labels: Tensor, place: str) -> bool:
+        """Bind equal parts of the channels of which some are chosen, by bounds that are counted."""
+        (dim,) = varying(labels) if len(varying(labels)) == 1 else (-1,)
+        if name == "narrow":
+            given = dict(zip(("input", "dim", "start", "length"), args, strict=False)) | kwargs
+            asked, chosen = {given["dim"] % labels.dim(): (given["start"], given["length"])}, None
+            bounds = asked.get(dim, ())
+        else:
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            places = [part for part in parts if part is not None and part is not Ellipsis]
+            chosen = places[dim] if len(places) == len(parts) and 0 <= dim < len(places) else None
+            if not isinstance(chosen, slice) or plain(chosen.step) not in (None, 1):
+                return False
+            bounds = (chosen.start, chosen.stop)
+        counted = [bound for bound in bounds if isinstance(bound, Count)]
+        if not counted or any(type(bound) is int and bound for bound in bounds):
+            return False
+        own = line(labels, dim)
+        size = gcd(len(own), *map(plain, counted))
+        blocks = own.view(-1, size)
+        self.classes.join(blocks[:1].expand_as(blocks), blocks)
+        why = f"'{name}' counts other channels at {place}"
+        for bound in counted:
+            terms = [bound.term, (own, Fraction(-plain(bound), len(own)))]
+            self._promises.append((terms, 0, why))
+        return True
 
     def _stands_apart(self, index: Any, labels: Tensor) -> bool:
         """Tell whether lists or tensors choose among places alone: dimensions before and after hold the channels."""
@@ -209,7 +229,7 @@ class Moves:
             asked = asked[0]
         if name == "expand":  # only what it makes larger is asked for
             before = (1,) * (len(asked) - args[0].dim()) + tuple(args[0].shape)
-            return tuple(-1 if old == int(new) else new for old, new in zip(before, asked, strict=False))
+            return tuple(-1 if old == plain(new) else new for old, new in zip(before, asked, strict=False))
         return tuple(asked)
 
 

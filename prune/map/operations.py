@@ -39,6 +39,7 @@ ELEMENTWISE = KEEPING | words(
     "atanh erf erfc erfinv sign sgn floor ceil round trunc frac nan_to_num pow rpow add sub rsub mul div rdiv rtruediv "
     "floor_divide remainder fmod maximum minimum fmax fmin max min atan2 hypot lerp addcmul addcdiv where masked_fill "
     "eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not logical_xor bitwise_not xlogy "
+    "and or xor invert bitwise_and bitwise_or bitwise_xor log_sigmoid "
     "alpha_dropout feature_alpha_dropout zeros_like ones_like full_like rand_like randn_like empty_like zero fill "
     "float_power copysign heaviside deg2rad rad2deg logit sinc dequantize int long bool"
 )
@@ -91,7 +92,8 @@ class Step:
 
     def given(self, *names: str) -> dict[str, Any]:
         """Name the arguments."""
-        return dict(zip(names, self.args, strict=False)) | self.kwargs
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        return given | ({"dim": given["axis"]} if "axis" in given else {})
 
 
 Labelled = tuple[Tensor | None, str | None]

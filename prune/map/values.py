@@ -51,7 +51,8 @@ def elementwise(classes: Classes, step: Step) -> Labelled:
     first = compact(wide[holding[0]])
     for n in holding[1:]:
         classes.join(first, compact(wide[n]))
-    raws = [classes.raw(compact(wide[n]).flatten()) if n in holding else np.ones(first.numel(), np.int64) for n in met]
+    parameter = classes.cause(f"'{step.name}' of a parameter at {step.place}") if len(met) > len(holding) else 0
+    raws = [classes.raw(compact(wide[n]).flatten()) if n in holding else np.full(first.numel(), parameter) for n in met]
     raw = _rawness(classes, step, met, raws)
     if len(met) == 1 and (raw == raws[0]).all():
         return wide[met[0]], None
@@ -123,7 +124,7 @@ def _rawness(classes: Classes, step: Step, met: Sequence[int], raws: Sequence[In
     if step.name in COPYING:
         return raws[0]
     patterns = sum((flags > 0).astype(np.int64) << order for order, flags in enumerate(raws))
-    every: Ints = np.max(raws, 0)
+    every: Ints = np.max(raws, 0)  # what came last is said
     made, cause = np.zeros_like(every), 0
     for pattern in np.unique(patterns).tolist():
         here = patterns == pattern
@@ -147,7 +148,7 @@ def _is_zero(step: Step, zeros: Sequence[int]) -> bool:
         if isinstance(value, Tensor):
             order += 1
             kind = step.kinds[order]
-            return torch.zeros(4, dtype=kind, device="cpu") if order in zeros else _ANY.to(kind)
+            return torch.zeros(4, dtype=kind, device="cpu") if order in zeros else _any_of(kind)
         if type(value) in (tuple, list):
             return type(value)(map(tried, value))
         return {key: tried(part) for key, part in value.items()} if isinstance(value, dict) else value
@@ -159,4 +160,7 @@ def _is_zero(step: Step, zeros: Sequence[int]) -> bool:
     return isinstance(result, Tensor) and not bool(torch.isnan(result.double()).any() or result.any())
 
 
-_ANY = torch.tensor([1.0, -1.0, 2.0, 0.0], device="cpu")
+def _any_of(kind: torch.dtype) -> Tensor:
+    """Make numbers that stand for any, but for zero: what is divided by that is no number."""
+    some = (True, False, True, False) if kind == torch.bool else (1, -1, 2, 3)
+    return torch.tensor(some, device="cpu").to(kind)

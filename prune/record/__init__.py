@@ -5,7 +5,7 @@ is asked of the record. How a call is seen, and how copies are made, is nobody e
 the names of its functions are known here for all.
 """
 
-from netslim.prune.record.calls import Call, Record, results_of, tensors_of
+from netslim.prune.record.calls import Call, Course, Record, results_of, tensors_of
 from netslim.prune.record.copies import replica
 from netslim.prune.record.functions import CONVOLUTIONS, is_inplace, name_of, words
 from netslim.prune.record.kinds import (
@@ -34,8 +34,8 @@ from netslim.prune.record.running import (
     recorded,
     said,
     trains_alike,
-    untouched,
 )
+from netslim.prune.record.untouched import untouched
 
 __all__ = [
     "CONVOLUTIONS",
@@ -45,6 +45,7 @@ __all__ = [
     "PRODUCING",
     "WEIGHTED",
     "Call",
+    "Course",
     "Example",
     "Failed",
     "Questions",

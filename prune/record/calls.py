@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ class Passage:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     home: str
+    tells: bool
+    """Whether it returned a number or a word too."""
+
+
+Course = tuple[list[Call], tuple[int, ...]]
 
 
 @dataclass(slots=True)
@@ -43,6 +48,11 @@ class Record:
     """Module -> its calls."""
     results: tuple[int, ...] = ()
     """The tensors that the network returned."""
+
+    @property
+    def course(self) -> Course:
+        """What tells two runs apart: the calls, and the tensors returned."""
+        return self.calls, self.results
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -59,6 +69,15 @@ def results_of(value: Any) -> list[Tensor]:
     return found
 
 
+def has_others(value: Any) -> bool:
+    """Tell whether a result holds more than tensors: numbers, words, objects."""
+    if isinstance(value, (tuple, list)):
+        return any(map(has_others, value))
+    if isinstance(value, Mapping):
+        return any(map(has_others, value.values()))
+    return value is not None and not isinstance(value, Tensor)
+
+
 def _collect(value: Any, found: list[Tensor], seen: set[int] | None) -> None:
     if isinstance(value, Tensor):
         found.append(value)
@@ -70,6 +89,10 @@ def _collect(value: Any, found: list[Tensor], seen: set[int] | None) -> None:
             _collect(part, found, seen)
     elif isinstance(value, slice):
         _collect((value.start, value.stop, value.step), found, seen)
+    elif seen is not None and isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        _collect(list(value), found, seen)
+    elif seen is not None and is_dataclass(value):
+        _collect([getattr(value, each.name) for each in fields(value)], found, seen)
     elif seen is not None and not isinstance(value, (type, nn.Module)) and id(value) not in seen:
         seen.add(id(value))
         _collect(getattr(value, "__dict__", ()), found, seen)

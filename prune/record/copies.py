@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from functools import cache
+from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -26,9 +27,7 @@ def replica(model: Network, memo: dict[int, Any]) -> Network:
         copied: Network = _copied(model, memo)
     except Exception as error:  # copying runs what the user's own objects say
         what = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"the network cannot be copied (copy.deepcopy says: {what}), and nothing else is touched"
-        ) from error
+        raise ValueError(f"the network cannot be copied (copy.deepcopy says: {what})") from error
     return copied
 
 
@@ -62,7 +61,50 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         state: dict[str, Any] = value.__getstate__()  # type: ignore[no-untyped-call]
         made.__setstate__({name: _copied(part, memo) for name, part in state.items()})
         return made
-    return copy.deepcopy(value, memo)
+    if isinstance(value, Tensor) and not value.is_leaf:  # kept of a training step: deepcopy refuses it
+        memo[id(value)] = kept = value.detach().clone()
+        return kept
+    if isinstance(value, FunctionType) and _holds_modules(value, set()):
+        return _copied_function(value, memo)
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value, memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # locks, open files, generators: one for both
+        memo[id(value)] = value
+        return value
+
+
+def _holds_modules(value: Any, seen: set[int]) -> bool:
+    """Tell whether a function closes over a module, or over another function that does."""
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    if isinstance(value, MethodType):
+        return isinstance(value.__self__, nn.Module)
+    if isinstance(value, FunctionType):
+        return any(_holds_modules(each, seen) for each in _held(value))
+    return isinstance(value, nn.Module)
+
+
+def _held(function: FunctionType) -> list[Any]:
+    """List what a function holds: in its closure, and as defaults."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _copied_function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    """Copy a function with what it holds: a forward put around another one would run the original's."""
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    made = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
+    memo[id(function)] = made
+    for cell, old in zip(cells, function.__closure__ or (), strict=True):
+        if old != CellType():
+            cell.cell_contents = _copied(old.cell_contents, memo)
+    made.__defaults__ = _copied(function.__defaults__, memo) if function.__defaults__ else None
+    made.__kwdefaults__ = _copied(function.__kwdefaults__, memo) if function.__kwdefaults__ else None
+    made.__dict__.update(function.__dict__)
+    return made
 
 
 @cache

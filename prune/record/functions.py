@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 
 def words(text: str) -> frozenset[str]:
     """Read a set of names, by spaces."""
@@ -57,7 +59,11 @@ _ALIASES = {
     "bmm": "matmul",
     "type_conversion": "to",
 }
-_NAMES: dict[Any, str] = {}
+# torch has two of these, whose arguments come in another order
+_NAMES: dict[Any, str] = {
+    torch.batch_norm: "torch.batch_norm",
+    torch.instance_norm: "torch.instance_norm",
+}
 
 
 def name_of(function: Callable[..., Any]) -> str:

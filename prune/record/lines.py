@@ -13,11 +13,14 @@ import torch
 def line_of_user() -> str:
     """Name the line of code outside torch that is being executed in the network's forward: file:line."""
     frame: FrameType | None = sys._getframe(1)
+    found = ""
     while frame is not None and not _is_run(frame.f_code):
         if _is_users(frame.f_code):
-            return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+            found = found or f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+            if not _is_librarys(frame.f_code):
+                return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back
-    return ""
+    return found
 
 
 def line_of_traceback(error: BaseException) -> str:
@@ -50,9 +53,17 @@ def _is_users(code: CodeType) -> bool:
 
 
 @cache
+def _is_librarys(code: CodeType) -> bool:
+    return any(f"{os.sep}{root}{os.sep}" in code.co_filename for root in _PACKAGES)
+
+
+_PACKAGES = ("site-packages", "dist-packages")
+
+
+@cache
 def _short(path: str) -> str:
     """Cut a path of a file down to what tells it from others: below the working directory, or the packages'."""
-    for root in ("site-packages", "dist-packages"):
+    for root in _PACKAGES:
         _, found, rest = path.rpartition(os.sep + root + os.sep)
         if found:
             return rest

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from netslim.prune.record.calls import Call, Passage, Record, results_of, tensors_of
+from netslim.prune.record.calls import Call, Passage, Record, has_others, results_of, tensors_of
 from netslim.prune.record.functions import METADATA, is_inplace, name_of
 from netslim.prune.record.lines import line_of_traceback
 from netslim.prune.record.shapes import shaped
@@ -60,15 +62,17 @@ class Recorder(TorchFunctionMode):
         self._alive: list[Any] = []  # so that no other tensor gets the identity of one of them
         self._storages: dict[int, list[int]] = defaultdict(list)
         self._homes = [""]
+        self._has_sizes = False
         self.is_inside = False
         """Whether a function that was seen is being executed."""
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Record:
-        """Run the network on an example; raises `Failed` where it does not."""
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_training: bool = False) -> Record:
+        """Run the network on an example, in either mode; raises `Failed` where it does not."""
         hooks = [hook for name, module in self.model.named_modules() for hook in self._follow_module(name, module)]
         for value in tensors_of((args, kwargs)):
             self._enter(value, "input", "")
         try:
+            self.model.train(is_training)  # which the network may refuse, too
             with self._watch or _NOTHING, self:
                 result = self.model(*args, **kwargs)
         except Exception as error:
@@ -112,13 +116,15 @@ class Recorder(TorchFunctionMode):
         try:
             if name in METADATA:
                 return func(*args, **kwargs)
-            if name in ("size", "get_shape"):
-                return self._size(func, args, kwargs)
+            if name in ("size", "get_shape", "numel", "nelement"):
+                return self._size(name, func, args, kwargs)
             if self._counts(func, args):
                 return func(*args, **kwargs)
             inputs = tuple(map(self.number_of, tensors_of((args, kwargs))))
-            known = shaped(name, args, kwargs, inplace=is_inplace(func) or kwargs.get("inplace", False))
-            result = func(*args, **kwargs) if known is None else known
+            # an observer's sizes are for the network's own code, not for torch's
+            some, others = (_plain(args), _plain(kwargs)) if self._has_sizes else (args, kwargs)
+            known = shaped(name, some, others, inplace=is_inplace(func) or kwargs.get("inplace", False))
+            result = func(*some, **others) if known is None else known
             self._note(name, func, args, kwargs, inputs, result)
             return result
         finally:
@@ -126,7 +132,13 @@ class Recorder(TorchFunctionMode):
 
     def _counts(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Tell whether a buffer only counts, as a BatchNorm its batches in training: that tells nothing."""
-        return is_inplace(func) and isinstance(args[0], Tensor) and not args[0].dim() and id(args[0]) in self._names
+        return (
+            is_inplace(func)
+            and bool(args)
+            and isinstance(args[0], Tensor)
+            and not args[0].dim()
+            and id(args[0]) in self._names
+        )
 
     def unseen(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note an operation that no torch function called by Python accounts for."""
@@ -171,11 +183,14 @@ class Recorder(TorchFunctionMode):
         finally:
             self.is_inside = before
 
-    def _size(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _size(self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
         sizes = self.observer.sizes(self.number_of(args[0])) if self.observer is not None else None
         if sizes is None:
             return result
+        self._has_sizes = True
+        if name in ("numel", "nelement"):
+            return reduce(operator.mul, sizes)
         if isinstance(result, int):
             return sizes[args[1] if len(args) > 1 else kwargs["dim"]]
         return torch.Size(sizes)
@@ -196,7 +211,7 @@ class Recorder(TorchFunctionMode):
             while self._homes.pop() != name:  # what lies above ended in an error that the network caught
                 pass
             made = tuple(map(self.number_of, tensors_of(result)))
-            self.record.passages[name].append(Passage(came.pop(), made, self._homes[-1]))
+            self.record.passages[name].append(Passage(came.pop(), made, self._homes[-1], has_others(result)))
 
         # before and after the network's own hooks, which may change what goes in
         yield module.register_forward_pre_hook(enter, prepend=True)
@@ -207,6 +222,20 @@ class Recorder(TorchFunctionMode):
         line = line_of_traceback(error)
         home = f"'{self._homes[-1]}'" if self._homes[-1] else "its forward"
         return f"{home} ({line})" if line else home
+
+
+def _plain(value: Any) -> Any:
+    """Put plain numbers in place of an observer's."""
+    if isinstance(value, int):
+        return int.__int__(value) if type(value) not in (int, bool) else value
+    if isinstance(value, (tuple, list)):
+        parts = [_plain(part) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, slice):
+        return slice(*map(_plain, (value.start, value.stop, value.step)))
+    return value
 
 
 class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]

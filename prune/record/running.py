@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import CellType, FunctionType
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from netslim.prune.record.calls import Record, tensors_of
 from netslim.prune.record.copies import replica, weightless
 from netslim.prune.record.recorder import Failed, Recorder
+from netslim.prune.record.untouched import untouched
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a network is called with: images (n, 3, height, width), a tuple or list of positional arguments, or a dictionary
@@ -137,8 +134,8 @@ def trains_alike(model: nn.Module, example: Example) -> bool:
     """Tell whether a network calls the same functions in training mode as in eval mode, or does not run in training."""
 
     def compared(twin: nn.Module, some: Example) -> bool:
-        seen = Recorder(twin.eval()).run(*arguments(some)).calls
-        return Recorder(twin.train()).run(*arguments(doubled(some))).calls == seen
+        seen = Recorder(twin).run(*arguments(some)).course
+        return Recorder(twin).run(*arguments(doubled(some)), is_training=True).course == seen
 
     try:
         return on_a_copy(model, example, compared)
@@ -161,75 +158,3 @@ def said(failed: Failed, example: Example) -> str:
         f"the network does not run on an example of shape {shapes}: {failed.where} says: {what}; "
         "give an example that it accepts"
     )
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back, in any case, what running a copy of a network may change of the network itself, and random numbers.
-
-    A hook belongs to the network and to its copy: what it keeps in a closure, in a global container or on the network
-    would be the copy's values.
-    """
-    kept = [(module, dict(module.__dict__)) for module in model.modules()]
-    boxes: dict[int, tuple[Any, Any]] = {}
-    cells: list[tuple[CellType, Any]] = []
-    for module, state in kept:
-        for value in state.values():
-            _keep(value, boxes)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for hook in hooks.values():
-                _keep_hook(hook, boxes, cells)
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(_devices(model)):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        for module, state in kept:
-            if not _is_same(module.__dict__, state):
-                module.__dict__.clear()
-                module.__dict__.update(state)
-        for box, content in boxes.values():
-            _refill(box, content)
-        for cell, content in cells:
-            cell.cell_contents = content
-
-
-def _is_same(state: dict[str, Any], before: dict[str, Any]) -> bool:
-    return len(state) == len(before) and all(state.get(key) is value for key, value in before.items())
-
-
-def _keep(value: Any, boxes: dict[int, tuple[Any, Any]]) -> None:
-    if type(value) in (dict, list, set):
-        boxes.setdefault(id(value), (value, value.copy()))
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, Tensor, FunctionType)):
-        boxes.setdefault(id(value.__dict__), (value.__dict__, dict(value.__dict__)))
-
-
-def _keep_hook(hook: Any, boxes: dict[int, tuple[Any, Any]], cells: list[tuple[CellType, Any]]) -> None:
-    function = getattr(hook, "__func__", hook)
-    _keep(getattr(hook, "__self__", None), boxes)
-    if not isinstance(function, FunctionType):
-        return
-    for cell in function.__closure__ or ():
-        try:
-            cells.append((cell, cell.cell_contents))
-        except ValueError:  # empty
-            continue
-        _keep(cell.cell_contents, boxes)
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            _keep(function.__globals__[name], boxes)
-
-
-def _refill(box: Any, content: Any) -> None:
-    if isinstance(box, list):
-        box[:] = content
-    else:
-        box.clear()
-        box.update(content)
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    return [device for device in {p.device for p in model.parameters()} if device.type not in ("cpu", "meta")]

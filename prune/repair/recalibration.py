@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from netslim.prune.record import NORMALISING
+from netslim.prune.record import NORMALISING, replica
 from netslim.prune.repair.calibration import Calibration
 
 
@@ -35,7 +34,7 @@ def input_statistics(
     Over all images and ranks; first and second moments are summed over chunks. The BatchNorms before normalise by the
     running statistics, or `as_in_training` by those of each chunk.
     """
-    twin = copy.deepcopy(network).eval()  # which may be put into training mode, and counts batches there
+    twin = replica(network, {}).eval()  # which may be put into training mode, and counts batches there
     norms = {
         name: (norm, twin.get_submodule(name).train(as_in_training))
         for name, norm in network.named_modules()

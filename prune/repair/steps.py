@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,6 +10,7 @@ from pydantic.dataclasses import dataclass as configuration
 from torch import nn
 
 from netslim.prune.choose import Plan
+from netslim.prune.record import replica
 from netslim.prune.repair.absorption import absorb
 from netslim.prune.repair.balance import balance
 from netslim.prune.repair.calibration import FEWEST, Calibration, held_out_loss
@@ -91,10 +91,10 @@ def repair(
     config = config or RepairConfig()
     if calibration.num_images < FEWEST:
         raise ValueError(f"a repair needs at least {FEWEST} images to measure by, {calibration.num_images} are given")
-    best, loss_cut = copy.deepcopy(small).eval(), held_out_loss(small, calibration)
+    best, loss_cut = replica(small, {}).eval(), held_out_loss(small, calibration)
     loss, tried = loss_cut, []
     for step in (step for step in STEPS if step in config.steps):
-        network = copy.deepcopy(best)
+        network = replica(best, {})
         if step == "absorb":
             absorb(model, network, plan, calibration.example)
         elif step == "reconstruct":
@@ -108,7 +108,7 @@ def repair(
             best, loss = network, after
     is_balanced = False
     if config.balance and any(step.is_kept for step in tried):
-        network = copy.deepcopy(best)
+        network = replica(best, {})
         balance(network, calibration)
         is_balanced = abs(held_out_loss(network, calibration) - loss) <= SAME_LOSS * max(1.0, loss)
         best = network if is_balanced else best

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from netslim.prune.cut import TOLERANCE, relative_difference
-from netslim.prune.record import CONVOLVING, NORMALISING, Example, Questions, call, is_plain, recorded, tensors_of
+from netslim.prune.record import (
+    CONVOLVING,
+    NORMALISING,
+    Example,
+    Questions,
+    call,
+    is_plain,
+    recorded,
+    replica,
+    tensors_of,
+)
 
 
 def folded(model: nn.Module, example: Example) -> nn.Module:
@@ -20,8 +28,8 @@ def folded(model: nn.Module, example: Example) -> nn.Module:
 
     Args: example, as the network is called, on the model's device and in its dtype.
     """
-    twin = copy.deepcopy(model).eval()
-    small = copy.deepcopy(twin)
+    twin = replica(model, {}).eval()
+    small = replica(twin, {})
     names = {id(module): name for name, module in small.named_modules()}
     for name, norm in Questions(small, recorded(small, example)).norms_after.items():
         layer = _fused(small.get_submodule(name), norm)

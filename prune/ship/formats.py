@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import os
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from netslim.base import replace_all
 from netslim.prune.choose import Plan
 from netslim.prune.cut import relative_difference
-from netslim.prune.record import tensors_of
+from netslim.prune.record import replica, tensors_of, untouched
 from netslim.prune.ship.artefact import load, save
 from netslim.prune.ship.fold import folded
 
@@ -55,7 +54,7 @@ def export(
     if format == "weights":
         assert plan is not None, "checked before"
         return _export_weights(model, plan, _batches(example), path)
-    twin, batches = _not_in_place(copy.deepcopy(model).cpu().eval()), _batches(example.detach().cpu())
+    twin, batches = _not_in_place(replica(model, {}).cpu().eval()), _batches(example.detach().cpu())
     program = _program(folded(twin, batches[0]), batches[0])
     content, run = (_to_onnx if format == "onnx" else _to_pt2)(program, batches[0])
     difference = _compare(run, twin, batches)
@@ -169,13 +168,13 @@ def _export_weights(model: nn.Module, plan: Plan, batches: Sequence[Tensor], pat
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as draft:
         save(model, plan, draft)
         again = load(draft).to(batches[0].device, batches[0].dtype).eval()
-    difference = _compare(lambda batch: tensors_of(again(batch)), copy.deepcopy(model).eval(), batches)
+    difference = _compare(lambda batch: tensors_of(again(batch)), replica(model, {}).eval(), batches)
     save(model, plan, path)
     return difference
 
 
 def _compare(run: Run, model: nn.Module, batches: Sequence[Tensor]) -> float:
-    with torch.no_grad():
+    with torch.no_grad(), untouched(model):
         difference = max(relative_difference(run(batch), tensors_of(model(batch))) for batch in batches)
     if not difference <= TOLERANCE:
         raise RuntimeError(
