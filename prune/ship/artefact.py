@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from netslim.base import replace_all
+from netslim.base import misfits, replace_all
 from netslim.prune.choose import Origin, Plan
 from netslim.prune.cut import cut
 
@@ -116,19 +116,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_keys(path: Path, want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:
-    faults = {
-        "missing": [key for key in want if key not in have],
-        "unexpected": [key for key in have if key not in want],
-        "of another shape": [
-            f"{key} {tuple(have[key].shape)} instead of {tuple(want[key].shape)}"
-            for key in want
-            if key in have and have[key].shape != want[key].shape
-        ],
-    }
-    found = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
-        for what, keys in faults.items()
-        if keys
-    ]
-    if found:
-        raise ValueError(f"{path} is of another network: {'; '.join(found)}")
+    shapes = [{key: tuple(value.shape) for key, value in tensors.items()} for tensors in (want, have)]
+    if found := misfits(*shapes):
+        raise ValueError(f"{path} is of another network: {found}")
