@@ -15,6 +15,7 @@ from netslim.launch.mistakes import LOST_RANK, end_at_once, guarded
 from netslim.launch.presets import list_presets, read_preset
 from netslim.launch.recipe import COMMANDS_VARIABLE
 from netslim.launch.run import (
+    check_network,
     claim,
     commands_of,
     count_processes,
@@ -26,7 +27,6 @@ from netslim.launch.run import (
     start,
 )
 from netslim.launch.sweep import sweep_runs
-from netslim.train import check_model
 
 COMMANDS = {
     "run": "all stages on this machine: sparsity training, pruning, repair, fine-tuning",
@@ -84,7 +84,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 def run_stages(preset: str, config: RunConfig, commands: Sequence[str], flags: Sequence[str]) -> int:
     """Check, start the processes, wait for them, print the table."""
     num_processes = count_processes(config)
-    check_model(config.model)
+    check_network(config)
     check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
     directory = run_directory(preset, config)
     claim(directory, preset, config)

@@ -109,6 +109,7 @@ _FREE_FIELDS = (
     "run_dir",
     "num_processes",
     "cpu",
+    "model.weights",  # where: what, says its sha256
     "data.cache",
     "data.num_workers",
     "engine.backend",
@@ -159,11 +160,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], unread: Sequence
 def fixed_fields(values: Mapping[str, Any], unread: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of a configuration (as ``to_dict`` gives it) that change what came out of a run, by dotted names.
 
-    Not those in the sections that no stage has read yet.
+    Not those in the sections that no stage has read yet. What `auto` stands for is filled in, so that a run is the
+    same by whichever name its values were given.
     """
+    model = ModelConfig(**values["model"])
+    settled: dict[str, Any] = {**values["model"], "initial_gamma": model.first_gamma}
+    if model.weights is None:
+        del settled["weights_head"]  # which runs from before there were weights do not have
+    return _fixed({**values, "model": settled}, unread)
+
+
+def _fixed(values: Mapping[str, Any], unread: Sequence[str] = ()) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in (*_FREE_FIELDS, *unread):
             inner = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else None
-            found |= {name: value} if inner is None else fixed_fields(inner)
+            found |= {name: value} if inner is None else _fixed(inner)
     return found

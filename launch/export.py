@@ -107,7 +107,7 @@ def read_slimmed(stage: Path) -> Slimmed:
             f"{stage} has {lack}; name a run that `netslim run` made, or its prune-, repair- or finetune- directory"
         )
     config = config_of_run(stage)
-    build = partial(build_model, config.model, plan.origin.num_classes, config.seed)
+    build = partial(build_model, config.model.anew, plan.origin.num_classes, config.seed)
     sparse = SPARSE.directory(stage.absolute().parent)
     size = config.data.size
     return Slimmed(

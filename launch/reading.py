@@ -1,6 +1,7 @@
 """How a configuration is read: from a preset, a file and flags, in that order of precedence, or as a run left it."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
 import re
@@ -33,8 +34,8 @@ def from_dict(values: Mapping[str, Any], source: str) -> RunConfig:
 def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """Resolve preset < ``--config FILE`` (JSON or YAML) < flags; ``--model NAME`` is short for model.name.
 
-    Raises ValueError in one line that names the field, the value and what is allowed; ``--help`` prints all fields
-    and raises SystemExit.
+    Raises ValueError in one line that names the field, the value and what is allowed, FileNotFoundError for weights
+    that are not there; ``--help`` prints all fields and raises SystemExit.
     """
     arguments, file = _take_config_file(_spell_out_model(arguments))
     if file is not None:
@@ -49,7 +50,9 @@ def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[st
         "\n\n--config FILE (JSON or YAML) is read before the flags. "
         "--model NAME is short for --model.name NAME --model.width 1."
     )
-    return read_flags(RunConfig, arguments, default=preset, prog=prog, description=description)
+    config = read_flags(RunConfig, arguments, default=preset, prog=prog, description=description)
+    # here, where all is known of which file: the run, and whoever goes on with it, takes no other
+    return dataclasses.replace(config, model=config.model.pinned)
 
 
 def read_flags(kind: type[Config], arguments: Sequence[str], **options: Any) -> Config:

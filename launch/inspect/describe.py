@@ -20,7 +20,10 @@ def describe(config: RunConfig, *, is_trained: bool = False) -> str:
     changes nothing in the map.
     """
     size, coupling = config.data.size, config.prune.coupling
-    model = build_model(config.model, num_classes=10, seed=config.seed)
+    start = config.model
+    if start.weights is not None:  # of which a trained run needs none, and any classifier will do
+        start = start.anew if is_trained else replace(start, weights_head="new")
+    model = build_model(start, num_classes=10, seed=config.seed)
     channels = map_channels(model, torch.zeros(1, 3, size, size), coupling)
     lines = [f"{config.model.name} on images of {size}x{size}", channels.table()]
     if coupling == "select":

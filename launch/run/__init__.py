@@ -34,7 +34,7 @@ from netslim.launch.run.stage import (
     StageName,
     passes_to,
 )
-from netslim.launch.run.starting import enter, start, work_each
+from netslim.launch.run.starting import check_network, enter, start, work_each
 
 __all__ = [
     "COMMANDS",
@@ -50,6 +50,7 @@ __all__ = [
     "Pass",
     "Stage",
     "StageName",
+    "check_network",
     "claim",
     "commands_of",
     "config_of_run",

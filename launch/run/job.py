@@ -1,6 +1,6 @@
 """The job at hand: what every stage of a run shares, and what earlier stages left for later ones."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,9 +35,14 @@ class Job:
     def path(self, stage: Stage) -> Path:
         return stage.directory(self.directory)
 
-    def build(self) -> nn.Module:
-        """The network before it is slimmed, newly initialised, on this rank's device."""
-        model = build_model(self.config.model, len(self.loaders.info.classes), self.config.seed)
+    def build(self, say: Callable[[str], object] = lambda line: None) -> nn.Module:
+        """The network before it is slimmed, on this rank's device; ``say`` is given a line of weights from a file."""
+        model = build_model(self.config.model, len(self.loaders.info.classes), self.config.seed, say)
+        return model.to(self.run.device)
+
+    def build_anew(self) -> nn.Module:
+        """The same without weights of a file, which may be gone: for those of a stage to be loaded over it."""
+        model = build_model(self.config.model.anew, len(self.loaders.info.classes), self.config.seed)
         return model.to(self.run.device)
 
     @property
@@ -54,7 +59,7 @@ class Job:
     def read(self, stage: Stage) -> nn.Module:
         """The model that a stage left, on every rank; an error names the command that makes it."""
         command = f"netslim {stage.kind.command} {self.preset} --run-dir {self.directory}"
-        return self.run.on_all(lambda: read_stage(self.path(stage), self.build, command))
+        return self.run.on_all(lambda: read_stage(self.path(stage), self.build_anew, command))
 
     def read_plan(self, stage: Stage) -> Plan:
         """The plan by which a stage's model was cut; read the model first."""

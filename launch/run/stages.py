@@ -17,7 +17,8 @@ from netslim.train.models import build_network, initialise, is_own
 def sparsify(job: Job, stage: Stage) -> Made:
     """Train with the L1 penalty on the scales of the channels that can be removed; of what the pass before left."""
     config, rules = job.config, job.config.prune.rules
-    dense = job.build()
+    start: list[str] = []
+    dense = job.run.on_all(lambda: job.build(start.append))
     channels = map_channels(dense, job.blank_image, rules.coupling)
     model, plan = dense, None
     for source in stage.sources(config):
@@ -28,7 +29,7 @@ def sparsify(job: Job, stage: Stage) -> Made:
         example = job.run.on_main(lambda: job.test_images(2).cpu()).to(job.run.device)
         most = _most_in_flight(config.prune, stage.turn)
         slimming = InFlight(dense, model, plan, channels, rules, config.sparsity, job.run, example, most)
-    says = channels.summary(rules.coupling)
+    says = "; ".join([*start, channels.summary(rules.coupling)])
     warns = cautions(dense, channels, rules.coupling)
     training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says, warns=warns)
     return Made(model=model, plan=plan, training=training)

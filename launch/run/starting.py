@@ -1,17 +1,18 @@
 """How a run starts: here or in several processes, which join one group, open the images once and do its work."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-from netslim.data import DataInfo, Loaders, Shard, check_batch_size, open_loaders, prepare
+from netslim.data import DataConfig, DataInfo, Loaders, Shard, check_batch_size, open_loaders, open_source, prepare
 from netslim.launch.config import RunConfig, run_directory
 from netslim.launch.presets import list_presets, read_preset
 from netslim.launch.run.directory import PREEMPTED_MARK, claim, occupied
 from netslim.launch.run.job import Job
 from netslim.launch.run.processes import count_processes, end_with_launcher, keep_freed_memory, launch
-from netslim.train import Preempted, Runtime, num_gpus
+from netslim.train import Preempted, Runtime, check_model, num_gpus
 
 Work = Callable[[Job], None]
 """What all ranks of a run do together."""
@@ -46,6 +47,18 @@ def start(
         stage=at_work,
         was_preempted=(run_directory(preset, config) / PREEMPTED_MARK).is_file,
     )
+
+
+def check_network(config: RunConfig) -> None:
+    """Raise ValueError for a network that cannot be built, or weights of another one, before anything is written."""
+    check_model(config.model, _num_classes(config.data) if config.model.weights else None)
+
+
+def _num_classes(config: DataConfig) -> int | None:
+    try:
+        return len(open_source(dataclasses.replace(config, download=False)).classes)
+    except (ValueError, OSError):  # not there yet; what is wrong with them is said when they are prepared
+        return None
 
 
 def enter(module: str, about: str, work: Work) -> None:

@@ -14,11 +14,11 @@ from netslim.launch.config import RunConfig, differences, to_dict
 from netslim.launch.mistakes import INTERRUPTED, PREEMPTED
 from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
 from netslim.launch.reading import read_flags
-from netslim.launch.run import METRICS, PREEMPTED_MARK, count_processes, launch, read_row
+from netslim.launch.run import METRICS, PREEMPTED_MARK, check_network, count_processes, launch, read_row
 from netslim.launch.sweep.grid import INDEX, Member, Sweep
 from netslim.launch.sweep.jobs import submit_members
 from netslim.launch.tables import aligned, printable
-from netslim.train import LostRankError, check_model
+from netslim.train import LostRankError
 
 _MANY = 100
 Compare = Callable[[Sequence[str]], int]
@@ -62,7 +62,7 @@ def sweep_runs(arguments: Sequence[str], description: str, compare: Compare) -> 
         return 0
     if jobs and not config.slurm:
         raise ValueError(f"{jobs[0]} is for jobs of SLURM; give --slurm too, or leave it out")
-    check_model(sweep.base.model)
+    check_network(sweep.base)
     return submit_members(sweep, jobs, config.limit) if config.slurm else run_members(sweep, compare)
 
 

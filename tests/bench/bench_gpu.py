@@ -526,7 +526,7 @@ def train_in_flight(bench: Bench, width: float, every: int | None, round_to: int
     rules = Rules(min_share=MIN_SHARE, round_to=round_to)
     channels = map_channels(model, example)
     config = FitConfig(epochs=bench.sizes.epochs, lr=0.1, schedule="onecycle")
-    weight = PULL * ModelConfig().initial_gamma / travel(config, data.train.steps_per_epoch)  # type: ignore[operator]
+    weight = PULL * ModelConfig().first_gamma / travel(config, data.train.steps_per_epoch)  # type: ignore[operator]
     sparsity = SparsityConfig(weight=weight, method="proximal", reconfigure_every=every)
     dense = cost(model, example[:1]).macs
     record = Silent(

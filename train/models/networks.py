@@ -3,30 +3,20 @@
 import difflib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from pathlib import Path
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from netslim.train.models.config import ModelConfig
 from netslim.train.models.densenet import DenseNet
 from netslim.train.models.own import build_own, is_own
 from netslim.train.models.preresnet import PreResNet
 from netslim.train.models.vgg import LAYERS, VGG
-
-
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class ModelConfig:
-    name: str = "vgg19"
-    """vgg11|13|16|19, preresnet20|56|110|164, densenet40, any torchvision classifier, or your own: module:function."""
-    width: Annotated[float, Field(gt=0, le=16)] = 1.0
-    """Factor on the number of channels of every layer (not for torchvision's networks or your own)."""
-    initial_gamma: Annotated[float, Field(gt=0)] | None = 0.5
-    """Scale that every BatchNorm starts from (Liu et al. 2017 use 0.5); None leaves the network's own."""
-
+from netslim.train.models.weights import start_from
 
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{f"vgg{depth}": partial(VGG, depth) for depth in LAYERS},
@@ -36,17 +26,24 @@ _NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def model_names() -> list[str]:
-    """Every name that ``build_model`` knows; where torchvision has the same name, the CIFAR form is meant."""
+    """Every name that ``build_model`` knows, besides those of a user's own functions.
+
+    Where torchvision has the same name, the CIFAR form is meant.
+    """
     from torchvision import models  # here, as below: a third of the seconds that a process needs to start
 
     return sorted({*_NETWORKS, *models.list_models(module=models)})
 
 
-def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
-    """Build a newly initialised network, the same on every rank: its weights are a function of the seed alone.
+def build_model(
+    config: ModelConfig, num_classes: int, seed: int, say: Callable[[str], object] = lambda line: None
+) -> nn.Module:
+    """Build a network, the same on every rank: its weights are a function of the seed, and of the file they start from.
 
-    Raises ValueError for an unknown name (naming the nearest), for a width that the network does not have, and for
-    whatever goes wrong in a user's own function.
+    ``say`` is given a line of what was taken from the file.
+
+    Raises ValueError for an unknown name (naming the nearest), for a width that the network does not have, for whatever
+    goes wrong in a user's own function, and for weights of another network; FileNotFoundError without their file.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,7 +52,9 @@ def build_model(config: ModelConfig, num_classes: int, seed: int) -> nn.Module:
             model = build_own(config.name, num_classes)
         else:
             model = make_network(config.name, num_classes, config.width)
-    _set_gammas(model, config)
+    if config.weights is not None:
+        say(_start(model, config, config.weights, num_classes))
+    _set_gammas(model, config.first_gamma)
     return model
 
 
@@ -72,11 +71,11 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
             if callable(reset):
                 reset()
         _initialise(model)
-    _set_gammas(model, config)
+    _set_gammas(model, config.anew.first_gamma)
 
 
 def make_network(name: str, num_classes: int, width: float) -> nn.Module:
-    """Make one of ``model_names()`` with random weights; raises ValueError for a name or width it does not have."""
+    """Make one of ``model_names()`` with random weights; ValueError for no such name or width."""
     _check_network(name, width)
     make = _NETWORKS.get(name)
     if make is None:
@@ -89,9 +88,15 @@ def make_network(name: str, num_classes: int, width: float) -> nn.Module:
     return model
 
 
-def check_model(config: ModelConfig) -> None:
-    """Raise ValueError where ``build_model`` would; only a user's own function is called for it."""
-    if is_own(config.name):
+def check_model(config: ModelConfig, num_classes: int | None = None) -> None:
+    """Raise ValueError where ``build_model`` would; only a user's own function is called for it, and weights are read.
+
+    Without ``num_classes``, where they are not known yet, any classifier of the weights will do.
+    """
+    if config.weights is not None:
+        compared = config if num_classes else replace(config, weights_head="new")
+        build_model(compared, num_classes or 10, seed=0)
+    elif is_own(config.name):
         build_model(config, num_classes=10, seed=0)
     else:
         _check_network(config.name, config.width)
@@ -103,7 +108,8 @@ def _check_network(name: str, width: float) -> None:
     names = model_names()
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
-        raise ValueError(f"no model is called {name!r}; the nearest are {', '.join(nearest) or ', '.join(_NETWORKS)}")
+        known = ", ".join(nearest or _NETWORKS)
+        raise ValueError(f"no model is called {name!r}; the nearest are {known}")
     _check_width(name, width)
 
 
@@ -112,11 +118,18 @@ def _check_width(name: str, width: float) -> None:
         raise ValueError(f"model.width {width} is only for {', '.join(_NETWORKS)}; {name} needs model.width 1")
 
 
-def _set_gammas(model: nn.Module, config: ModelConfig) -> None:
-    if config.initial_gamma is not None:
+def _start(model: nn.Module, config: ModelConfig, path: Path, num_classes: int) -> str:
+    new_head, sha256 = config.weights_head == "new", config.weights_sha256
+    line = start_from(model, path, num_classes, new_head=new_head, sha256=sha256)
+    gamma = config.first_gamma
+    return line if gamma is None else f"{line}; every gamma starts from model.initial_gamma {gamma:g} all the same"
+
+
+def _set_gammas(model: nn.Module, gamma: float | None) -> None:
+    if gamma is not None:
         for module in model.modules():
             if isinstance(module, _BatchNorm) and module.affine:
-                nn.init.constant_(module.weight, config.initial_gamma)
+                nn.init.constant_(module.weight, gamma)
 
 
 def _initialise(model: nn.Module) -> None:
