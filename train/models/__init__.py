@@ -1,8 +1,8 @@
 """A name, and a number of classes, in; a network out whose weights are a function of the seed, and of a file if one is
 named.
 
-Names are those of the slimming literature's networks for CIFAR, of torchvision's classifiers, and of a user's own
-functions. Which code a name stands for is nobody else's business.
+Names are those of the slimming literature's networks for CIFAR, of torchvision's and timm's classifiers, and of a
+user's own functions. Which code a name stands for is nobody else's business.
 """
 
 from torch import nn
@@ -30,5 +30,5 @@ __all__ = [
 
 # Here, and not beside the networks: the plans that users have saved name `netslim.train.models:build_network`.
 def build_network(name: str, num_classes: int, width: float = 1.0) -> nn.Module:
-    """Build one of ``model_names()`` with random weights; ValueError for no such name or width."""
+    """Build one of ``model_names()`` or ``timm:NAME`` with random weights; ValueError for no such name or width."""
     return make_network(name, num_classes, width)

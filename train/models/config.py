@@ -13,9 +13,10 @@ from netslim.train.models.weights import SUFFIXES, digest_of
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ModelConfig:
     name: str = "vgg19"
-    """vgg11|13|16|19, preresnet20|56|110|164, densenet40, any torchvision classifier, or your own: module:function."""
+    """vgg11|13|16|19, preresnet20|56|110|164, densenet40, any torchvision classifier, timm:NAME for timm's, or your
+    own: module:function."""
     width: Annotated[float, Field(gt=0, le=16)] = 1.0
-    """Factor on the number of channels of every layer (not for torchvision's networks or your own)."""
+    """Factor on the number of channels of every layer (not for networks of torchvision or timm, or your own)."""
     weights: Path | None = None
     """File that the weights start from: .safetensors, or the tensors of a .pth, .pt or .bin; None is newly initialised
     as a function of the seed."""

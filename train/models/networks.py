@@ -1,4 +1,4 @@
-"""Networks by name: those of the slimming literature for CIFAR, any torchvision classifier, and a user's own."""
+"""Networks by name: those of the slimming literature for CIFAR, torchvision's, timm's, and a user's own."""
 
 import difflib
 import math
@@ -15,6 +15,7 @@ from netslim.train.models.config import ModelConfig
 from netslim.train.models.densenet import DenseNet
 from netslim.train.models.own import build_own, is_own
 from netslim.train.models.preresnet import PreResNet
+from netslim.train.models.timm_door import build_timm, check_timm, is_timm
 from netslim.train.models.vgg import LAYERS, VGG
 from netslim.train.models.weights import start_from
 
@@ -26,7 +27,7 @@ _NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def model_names() -> list[str]:
-    """Every name that ``build_model`` knows, besides those of a user's own functions.
+    """Every name that ``build_model`` knows, besides timm's, ``timm:NAME``, and those of a user's own functions.
 
     Where torchvision has the same name, the CIFAR form is meant.
     """
@@ -75,8 +76,10 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def make_network(name: str, num_classes: int, width: float) -> nn.Module:
-    """Make one of ``model_names()`` with random weights; ValueError for no such name or width."""
+    """Make one of ``model_names()`` or ``timm:NAME`` with random weights; ValueError for no such name or width."""
     _check_network(name, width)
+    if is_timm(name):
+        return build_timm(name, num_classes)
     make = _NETWORKS.get(name)
     if make is None:
         from torchvision import models
@@ -105,11 +108,15 @@ def check_model(config: ModelConfig, num_classes: int | None = None) -> None:
 def _check_network(name: str, width: float) -> None:
     if name in _NETWORKS:
         return
+    if is_timm(name):
+        _check_width(name, width)
+        check_timm(name)
+        return
     names = model_names()
     if name not in names:
         nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
         known = ", ".join(nearest or _NETWORKS)
-        raise ValueError(f"no model is called {name!r}; the nearest are {known}")
+        raise ValueError(f"no model is called {name!r}; the nearest are {known}; timm's are timm:NAME")
     _check_width(name, width)
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from torch import nn
 
 from netslim.base import said, split_function
+from netslim.train.models.timm_door import is_timm
 
 
 def is_own(name: str) -> bool:
     """Whether a model's name is a user's function, as in ``mypkg.nets:build``, and not a network of ours."""
-    return ":" in name
+    return ":" in name and not is_timm(name)
 
 
 def build_own(name: str, num_classes: int) -> nn.Module:
