@@ -68,7 +68,7 @@ def cut_proved(
     So it is where a network's code counts on a width in a way that no map shows. Then each layer's channels are cut by
     themselves, to find those that it fails for.
 
-    Raises: ValueError as `plan_network` and `prove` do; RuntimeError if no layer by itself fails the proof.
+    Raises: ValueError as `plan_network` and `prove` do; RuntimeError if no layer by itself fails the proof, or all do.
     """
     notes: list[str] = []
     while True:
@@ -77,12 +77,11 @@ def cut_proved(
         try:
             return Proved(small, plan, prove(model, small, plan, example), tuple(notes))
         except RuntimeError:
-            unsound = _unsound(model, channels, plan, example)
-            if not unsound:
+            for classes, why in (unsound := _unsound(model, channels, plan, example)):
+                channels = channels.holding(classes, why)
+                notes.append(f"{len(classes)} channels stay: {why}")
+            if not unsound or not any(size for size, _ in channels.sizes(rules.coupling)):
                 raise
-        for classes, why in unsound:
-            channels = channels.holding(classes, why)
-            notes.append(f"{len(classes)} channels stay: {why}")
 
 
 def _unsound(model: nn.Module, channels: ChannelMap, plan: Plan, example: Example) -> list[tuple[frozenset[int], str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ from netslim.prune.record import (
     NORMALISING,
     WEIGHTED,
     Call,
-    Record,
     layers_of,
     tensor_of,
     widths,
@@ -210,32 +207,6 @@ class Binding:
             first = self._told.setdefault(name, line(labels, 1))
             self.classes.join(first, line(labels, 1))
 
-    def pass_by(self, record: Record, labels: Mapping[int, Tensor]) -> None:
-        """See, once a run is over, which BatchNorms a selection can stand around: modules that hand channels through.
-
-        What goes into the module has to be what is normalised, and what comes out the same channels, zero where gamma
-        and beta are: an activation may follow within.
-        """
-        roots = self.classes.roots()
-        calls: dict[str, list[Call]] = {}
-        for call in record.calls:
-            if call.name == "batch_norm":
-                calls.setdefault(call.home, []).append(call)
-        for use in (use for use in self.uses.values() if use.normalises):
-            for name in use.names:
-                own, passages = calls.get(name, []), record.passages.get(name, [])
-                use.is_selectable &= len(use.names) == 1 and len(own) == len(passages)
-                for call, passage in zip(own, passages, strict=False):
-                    whole = len(passage.inputs) == len(passage.outputs) == 1
-                    through = whole and passage.inputs[0] == call.inputs[0]
-                    made, out = labels.get(call.outputs[0]), labels.get(passage.outputs[0]) if through else None
-                    if made is None or out is None or varying(out) != varying(made):
-                        use.is_selectable = False
-                    elif out is not made:
-                        lines = line(out, 1), line(made, 1)
-                        alike = np.array_equal(roots[lines[0].numpy()], roots[lines[1].numpy()])
-                        use.is_selectable &= bool(alike and not self.classes.raw(lines[0]).any())
-
     def settle(self) -> dict[str, Dims]:
         """Say which channels lie along the dimensions of the tensors that no layer of torch's form resizes.
 
@@ -295,8 +266,8 @@ class Binding:
         known = {name for use in self.uses.values() for name in use.names}
         unused = []
         for name, layer in layers_of(self.model).items():
-            if name in known:
-                continue
+            if name in known or any(name in self._homes.get(key, ()) for key in self.uses):
+                continue  # the latter: its weight, in a function that its module's form does not say
             inputs, outputs = (self.classes.fresh(width, UNNORMALISED) for width in widths(layer))
             parameters = (f"{name}.{key}" for key in layer._parameters)
             why = next((self.held[key] for key in parameters if key in self.held), "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import os
+import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
@@ -156,6 +158,17 @@ _ESCAPING = (
 )
 for _name in _ESCAPING:
     setattr(Count, f"__{_name}__", _escaping(f"__{_name}__"))
+
+
+def asks_itself() -> bool:
+    """Tell whether it is a module of torch's that compares, with a size that a cut tells it anew."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame.f_code.co_filename.endswith(_TOLD)
+
+
+_TOLD = os.path.join("torch", "nn", "modules", "instancenorm.py")
 
 
 def parts_of(value: Any, kind: type[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from netslim.prune.map.classes import CONSTANT, Classes, along, compact, line, varying
 from netslim.prune.map.counts import Count, parts_of
 from netslim.prune.map.operations import LOCAL, Labelled, Step
-from netslim.prune.map.values import channelless, no_channels, not_zero, raised
+from netslim.prune.map.values import channelless, elementwise, no_channels, not_zero, raised, together
 
 
 def pooled(classes: Classes, step: Step) -> Labelled:
@@ -243,3 +244,26 @@ def attention(classes: Classes, step: Step) -> Labelled:
     if dim - 1 in varying(value):
         return None, f"'{step.name}' adds up channels by their place"
     return value.narrow(dim - 1, 0, 1).expand(shape), None
+
+
+def put(classes: Classes, step: Step) -> Labelled:
+    """Label a value into which another one is put, at places that hold all its channels."""
+    whole, index, value = step.args
+    if isinstance(index, Tensor) and not isinstance(value, Tensor):
+        filling = replace(step, name="masked_fill", function=torch.masked_fill, shapes=[whole.shape])
+        return elementwise(classes, filling)
+    parts = index if isinstance(index, tuple) else (index,)
+    plain = all(isinstance(part, slice) or type(part) is int for part in parts)
+    if len(varying(whole)) != 1 or not plain:
+        return None, "'setitem' of something else than whole channels"
+    (dim,) = varying(whole)
+    if dim < len(parts) and parts[dim] != slice(None):
+        return None, "'setitem' chooses channels by position"
+    region = whole[index]
+    if not isinstance(value, Tensor):
+        return (whole if not value else raised(classes, whole, not_zero(step))), None
+    made = together(classes, [region, value.expand(region.shape)], -1, region.shape)
+    if made is None:
+        return None, "'setitem' of values with different channels"
+    (at,) = varying(made)
+    return along(line(made, at), dim, whole.shape), None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from netslim.prune.map import dimensions as dims
 from netslim.prune.map import operations as ops
 from netslim.prune.map.binding import LAYERS, Binding
-from netslim.prune.map.classes import UNNORMALISED, Classes, along, line, varying
+from netslim.prune.map.classes import UNNORMALISED, Classes, along, varying
 from netslim.prune.map.counts import Count, parts_of
-from netslim.prune.map.layers import Bond
+from netslim.prune.map.layers import Bond, see_selectable
 from netslim.prune.map.moves import Moves
 from netslim.prune.map.operations import Labelled, Step
-from netslim.prune.map.values import channelless, elementwise, is_constant, no_channels, not_zero, raised, together
+from netslim.prune.map.values import elementwise, is_constant, no_channels
 from netslim.prune.record import Call, Record, Recorder, is_inplace, line_of_user, tensors_of
 
 
@@ -71,7 +70,7 @@ class Flow:
                 for number in (*each.inputs, *each.outputs):
                     self.classes.freeze(self._of(number), why)
         self._moves.settle([(use.inputs, use.outputs) for use in self.layers.uses.values() if use.normalises])
-        self.layers.pass_by(record, self._labels)
+        see_selectable(self.layers.uses.values(), self.classes, record, self._labels)
         self._labels, self._loose, self._tainted, self._decisions = {}, {}, set(), {}
 
     def follows(
@@ -150,7 +149,7 @@ class Flow:
         """Label what a function without weights makes, or say why its channels cannot be followed."""
         name, operands = step.name, step.operands
         if name in ops.FACTORIES or name in ops.SAMPLING:
-            return self._anew(step)
+            return self._moves.anew(step)
         if not step.shapes:
             for read in operands:
                 self.classes.freeze(read, f"values read by '{name}' at {step.place}")
@@ -158,10 +157,7 @@ class Flow:
         if all(map(is_constant, operands)) and not parts_of((step.args, step.kwargs), Count):
             return [no_channels(shape) for shape in step.shapes], None
         if name in ops.MOVING:
-            return self._moved(step)
-        if name == "setitem":
-            labels, why = self._put(step)
-            return None if labels is None else [labels], why
+            return self._moves.follow(step)
         if name == "instance_norm":
             self.layers.tell(step.home, operands[0])
         rule = _RULES.get(name)
@@ -170,76 +166,15 @@ class Flow:
         labels, why = rule(self.classes, step) if rule is not None else (None, _unknown(name))
         return None if labels is None else [labels] * len(step.shapes), why
 
-    def _moved(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
-        operands = step.operands
-        if step.name in ("cat", "stack"):
-            given = step.given("tensors", "dim")
-            dim = given.get("dim", given.get("axis", 0)) % len(step.shape)
-            parts = [part.unsqueeze(dim) for part in operands] if step.name == "stack" else operands
-            made = together(self.classes, parts, dim, step.shape)
-            if made is not None:
-                return [made], None
-        if step.name == "channel_shuffle":
-            shuffled, why = self._moves.shuffle(step)
-            return None if shuffled is None else [shuffled], why
-        if step.name in ("expand", "broadcast_to", "repeat") and self._is_bare(operands[0]):
-            asked = self._moves.asked("expand", step.args, step.kwargs)
-            if any(isinstance(size, Count) for size in asked):
-                made = self._moves.counted(asked, step.shape, UNNORMALISED)
-                return (None, "computed from the number of channels") if made is None else ([made], None)
-        if not any(map(varying, operands)) and len(operands) == 1 and step.name not in ops.RESHAPING:
-            single, why = channelless(operands, torch.Size((1,)))
-            return None if single is None else [single[0].expand(shape) for shape in step.shapes], why
-        return self._moves.move(step)
-
-    def _put(self, step: Step) -> Labelled:
-        """Label a value into which another one is put, at places that hold all its channels."""
-        whole, index, value = step.args
-        if isinstance(index, Tensor) and not isinstance(value, Tensor):
-            filling = replace(step, name="masked_fill", function=torch.masked_fill, shapes=[whole.shape])
-            return elementwise(self.classes, filling)
-        parts = index if isinstance(index, tuple) else (index,)
-        plain = all(isinstance(part, slice) or type(part) is int for part in parts)
-        if len(varying(whole)) != 1 or not plain:
-            return None, "'setitem' of something else than whole channels"
-        (dim,) = varying(whole)
-        if dim < len(parts) and parts[dim] != slice(None):
-            return None, "'setitem' chooses channels by position"
-        region = whole[index]
-        if not isinstance(value, Tensor):
-            return (whole if not value else raised(self.classes, whole, not_zero(step))), None
-        made = together(self.classes, [region, value.expand(region.shape)], -1, region.shape)
-        if made is None:
-            return None, "'setitem' of values with different channels"
-        (at,) = varying(made)
-        return along(line(made, at), dim, whole.shape), None
-
-    def _is_bare(self, labels: Tensor) -> bool:
-        """Tell whether a value has no channels yet."""
-        return not varying(labels) or self.classes.is_free(labels)
-
-    def _anew(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
-        """Label what is made of sizes: a constant, unless channels are counted for it."""
-        args = step.args
-        if step.name in ops.SAMPLING and args and isinstance(args[0], Tensor) and varying(args[0]):
-            return [raised(self.classes, args[0], not_zero(step))], None
-        if not parts_of((args, step.kwargs), Count):
-            return [no_channels(shape) for shape in step.shapes], None
-        if step.name.removeprefix("new_") not in _SIZED:
-            return None, "computed from the number of channels"
-        rest = [part for part in args if not isinstance(part, Tensor)]
-        asked = step.kwargs.get("size", rest[0] if rest and isinstance(rest[0], (tuple, list)) else rest)
-        counted = self._moves.counted(asked, step.shape, 0 if step.name.endswith("zeros") else UNNORMALISED)
-        return (None, "computed from the number of channels") if counted is None else ([counted], None)
-
     def _written(self, call: Call, recorder: Recorder, value: Tensor, labels: Tensor, place: str) -> None:
         """Keep the channels of tensors that are written into through another one, unless nothing came of it."""
         if labels is self._of(call.inputs[0]):
             return
         for number in recorder.shares_memory(value, call.outputs[0]):
-            if number in self._labels and not is_constant(self._labels[number]):
+            if number in self._labels:
                 for each in (self._labels[number], labels):
-                    self.classes.freeze(each, f"'{call.name}' writes into a part of another tensor at {place}")
+                    if not is_constant(each):
+                        self.classes.freeze(each, f"'{call.name}' writes into a part of another tensor at {place}")
 
     def _labelled(self, value: Any, order: Any) -> Any:
         """Put labels in place of the tensors of a call's arguments."""
@@ -314,7 +249,6 @@ def _unknown(name: str) -> str:
     return f"operation '{name}' is not known to keep channels apart"
 
 
-_SIZED = ("zeros", "ones", "empty", "rand", "randn")
 _RULES: dict[str, Callable[[Classes, Step], Labelled]] = dict.fromkeys(ops.ELEMENTWISE, elementwise)
 _RULES |= dict.fromkeys((*ops.LOCAL, "interpolate"), dims.pooled)
 _RULES |= dict.fromkeys(ops.REDUCING - ops.ELEMENTWISE, dims.reduced)
@@ -322,6 +256,7 @@ _RULES |= dict.fromkeys(("softmax", "log_softmax", "softmin"), dims.softened)
 _RULES |= dict.fromkeys(("grid_sample", "grid_sampler", "roi_align", "roi_pool"), dims.sampled)
 _RULES |= dict.fromkeys(("to", "type_as"), _first) | {"copy": _copied}
 _RULES |= {
+    "setitem": dims.put,
     "pad": dims.padded,
     "unfold": dims.unfolded,
     "pixel_shuffle": dims.shuffled,

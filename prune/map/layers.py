@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from netslim.prune.record import Call
+from netslim.prune.map.classes import Classes, line, varying
+from netslim.prune.record import Call, Record
 
 Coupling = Literal["group", "select"]
 """group: gammas of one class live or die together; select: each by itself, with index selections where needed."""
@@ -117,6 +119,33 @@ class Use:
     is_selectable: bool = True
     tensors: dict[str, Dims] = field(default_factory=dict)
     """Parameters and buffers that are no module's of `names` -> what their dimensions are."""
+
+
+def see_selectable(uses: Iterable[Use], classes: Classes, record: Record, labels: Mapping[int, Tensor]) -> None:
+    """See, once a run is over, which BatchNorms a selection can stand around: modules that hand channels through.
+
+    What goes into the module has to be what is normalised, and what comes out the same channels, zero where gamma
+    and beta are: an activation may follow within.
+    """
+    roots = classes.roots()
+    calls: dict[str, list[Call]] = {}
+    for call in record.calls:
+        if call.name == "batch_norm":
+            calls.setdefault(call.home, []).append(call)
+    for use in (use for use in uses if use.normalises):
+        for name in use.names:
+            own, passages = calls.get(name, []), record.passages.get(name, [])
+            use.is_selectable &= len(use.names) == 1 and len(own) == len(passages)
+            for call, passage in zip(own, passages, strict=False):
+                whole = len(passage.inputs) == len(passage.outputs) == 1
+                through = whole and passage.inputs[0] == call.inputs[0]
+                made, out = labels.get(call.outputs[0]), labels.get(passage.outputs[0]) if through else None
+                if made is None or out is None or varying(out) != varying(made):
+                    use.is_selectable = False
+                elif out is not made:
+                    lines = line(out, 1), line(made, 1)
+                    alike = np.array_equal(roots[lines[0].numpy()], roots[lines[1].numpy()])
+                    use.is_selectable &= bool(alike and not classes.raw(lines[0]).any())
 
 
 def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from math import gcd, lcm
@@ -13,9 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netslim.prune.map.classes import Classes, Ints, along, compact, distinct, line, merged, tight, varying
-from netslim.prune.map.counts import Count, Term, parts_of, plain
-from netslim.prune.map.operations import CHOOSING, RESHAPING, Labelled, Step, to_labels
+from netslim.prune.map.classes import (
+    UNNORMALISED,
+    Classes,
+    Ints,
+    along,
+    compact,
+    distinct,
+    line,
+    merged,
+    tight,
+    varying,
+)
+from netslim.prune.map.counts import Count, Term, asks_itself, parts_of, plain
+from netslim.prune.map.operations import CHOOSING, RESHAPING, SAMPLING, Labelled, Step, to_labels
+from netslim.prune.map.values import channelless, no_channels, not_zero, raised, together
 from netslim.prune.record import line_of_user
 
 
@@ -34,9 +44,49 @@ class Moves:
 
     def promise(self, terms: Sequence[Term], what: str, multiple: int = 0) -> None:
         """Learn that a sum of numbers of channels has to stay, or to stay a multiple of something."""
-        if not _asks_itself():
+        if not asks_itself():
             where = line_of_user()
             self._promises.append((terms, multiple, f"its number of channels is {what}{' at ' * bool(where)}{where}"))
+
+    def follow(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
+        operands = step.operands
+        if step.name in ("cat", "stack"):
+            given = step.given("tensors", "dim")
+            dim = given.get("dim", given.get("axis", 0)) % len(step.shape)
+            parts = [part.unsqueeze(dim) for part in operands] if step.name == "stack" else operands
+            made = together(self.classes, parts, dim, step.shape)
+            if made is not None:
+                return [made], None
+        if step.name == "channel_shuffle":
+            shuffled, why = self.shuffle(step)
+            return None if shuffled is None else [shuffled], why
+        if step.name in ("expand", "broadcast_to", "repeat") and self._is_bare(operands[0]):
+            asked = self.asked("expand", step.args, step.kwargs)
+            if any(isinstance(size, Count) for size in asked):
+                made = self.counted(asked, step.shape, UNNORMALISED)
+                return (None, "computed from the number of channels") if made is None else ([made], None)
+        if not any(map(varying, operands)) and len(operands) == 1 and step.name not in RESHAPING:
+            single, why = channelless(operands, torch.Size((1,)))
+            return None if single is None else [single[0].expand(shape) for shape in step.shapes], why
+        return self.move(step)
+
+    def _is_bare(self, labels: Tensor) -> bool:
+        """Tell whether a value has no channels yet."""
+        return not varying(labels) or self.classes.is_free(labels)
+
+    def anew(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
+        """Label what is made of sizes: a constant, unless channels are counted for it."""
+        args = step.args
+        if step.name in SAMPLING and args and isinstance(args[0], Tensor) and varying(args[0]):
+            return [raised(self.classes, args[0], not_zero(step))], None
+        if not parts_of((args, step.kwargs), Count):
+            return [no_channels(shape) for shape in step.shapes], None
+        if step.name.removeprefix("new_") not in _SIZED:
+            return None, "computed from the number of channels"
+        rest = [part for part in args if not isinstance(part, Tensor)]
+        asked = step.kwargs.get("size", rest[0] if rest and isinstance(rest[0], (tuple, list)) else rest)
+        counted = self.counted(asked, step.shape, 0 if step.name.endswith("zeros") else UNNORMALISED)
+        return (None, "computed from the number of channels") if counted is None else ([counted], None)
 
     def move(self, step: Step) -> tuple[list[Tensor] | None, str | None]:
         """Execute the function on the labels; say why if it would do something else once channels are gone."""
@@ -233,18 +283,8 @@ class Moves:
         return tuple(asked)
 
 
+_SIZED = ("zeros", "ones", "empty", "rand", "randn")
 _NONE: Ints = np.zeros(0, np.int64)
-
-
-def _asks_itself() -> bool:
-    """Tell whether it is a module of torch's that compares, with a size that a cut tells it anew."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename == Count.__eq__.__code__.co_filename:
-        frame = frame.f_back
-    return frame.f_code.co_filename.endswith(_TOLD)
-
-
-_TOLD = os.path.join("torch", "nn", "modules", "instancenorm.py")
 
 
 def _is_plain_index(index: Any) -> bool:

@@ -8,6 +8,7 @@ the names of its functions are known here for all.
 from netslim.prune.record.calls import Call, Course, Record, results_of, tensors_of
 from netslim.prune.record.copies import replica
 from netslim.prune.record.functions import CONVOLUTIONS, is_inplace, name_of, words
+from netslim.prune.record.kept import untouched
 from netslim.prune.record.kinds import (
     CONVOLVING,
     INSTANCE_NORMALISING,
@@ -35,7 +36,6 @@ from netslim.prune.record.running import (
     said,
     trains_alike,
 )
-from netslim.prune.record.untouched import untouched
 
 __all__ = [
     "CONVOLUTIONS",

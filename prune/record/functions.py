@@ -13,17 +13,17 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Reading these of a value tells nothing about its channels.
+# Reading these of a value tells nothing about its channels; what is printed is for people.
 METADATA = words(
-    "dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous is_signed is_inference "
-    "stride storage_offset get_device data_ptr untyped_storage is_conj is_neg is_nonzero_meta get_ndim get_dtype "
-    "get_is_cuda get_is_cpu get_is_meta get_is_mps get_is_xpu get_is_quantized get_is_sparse get_is_nested "
-    "get_is_leaf get_is_mkldnn get_is_mtia get_is_maia get_is_vulkan get_is_xla get_is_ipu get_is_ort "
-    "get_is_sparse_csr get_nbytes get_itemsize get_requires_grad get_layout get_grad get_grad_fn get_names "
-    "get_output_nr get__base get__version get_volatile get_name requires_grad_ set_requires_grad set_grad retain_grad "
-    "register_hook len is_tensor is_grad_enabled result_type can_cast promote_types device _cuda_version is_same_size "
-    "_is_view is_pinned is_shared broadcast_shapes get_imag _assert is_autocast_enabled get_default_dtype finfo iinfo "
-    "hash dim_order"
+    "dim ndimension element_size is_floating_point is_complex is_contiguous is_signed is_inference stride "
+    "storage_offset get_device data_ptr untyped_storage is_conj is_neg is_nonzero_meta get_ndim get_dtype get_is_cuda "
+    "get_is_cpu get_is_meta get_is_mps get_is_xpu get_is_quantized get_is_sparse get_is_nested get_is_leaf "
+    "get_is_mkldnn get_is_mtia get_is_maia get_is_vulkan get_is_xla get_is_ipu get_is_ort get_is_sparse_csr "
+    "get_nbytes get_itemsize get_requires_grad get_layout get_grad get_grad_fn get_names get_output_nr get__base "
+    "get__version get_volatile get_name requires_grad_ set_requires_grad set_grad retain_grad register_hook len "
+    "is_tensor is_grad_enabled result_type can_cast promote_types device _cuda_version is_same_size _is_view "
+    "is_pinned is_shared broadcast_shapes get_imag _assert is_autocast_enabled get_default_dtype finfo iinfo hash "
+    "dim_order repr str format"
 )
 
 CONVOLUTIONS = {f"conv{more}{n}d": n for n in (1, 2, 3) for more in ("", "_transpose")}

@@ -197,7 +197,7 @@ class Recorder(TorchFunctionMode):
 
     def _follow_module(self, name: str, module: nn.Module) -> Iterator[Any]:
         """Know when a module runs, and what goes in and out of it."""
-        if not name:
+        if not name or isinstance(module, torch.jit.ScriptModule):  # that takes no such hooks
             return
         came: list[tuple[int, ...]] = []
 

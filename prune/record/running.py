@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from netslim.prune.record.calls import Record, tensors_of
 from netslim.prune.record.copies import replica, weightless
+from netslim.prune.record.kept import untouched
 from netslim.prune.record.recorder import Failed, Recorder
-from netslim.prune.record.untouched import untouched
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a network is called with: images (n, 3, height, width), a tuple or list of positional arguments, or a dictionary
