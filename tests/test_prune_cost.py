@@ -2,7 +2,7 @@
 
 import torch
 from test_prune_nets import EXAMPLE, chain, scramble
-from torch import nn
+from torch import Tensor, nn
 
 from netslim.prune import Cost, cost, slim
 
@@ -33,3 +33,17 @@ def test_a_slim_network_costs_less():
     small, _ = slim(net, EXAMPLE, ratio=0.5)
     assert cost(small, EXAMPLE).params < cost(net, EXAMPLE).params
     assert cost(small, EXAMPLE).macs < cost(net, EXAMPLE).macs
+
+
+def test_images_are_counted_whatever_the_example_is():
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = chain(4)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.net(torch.stack(images))
+
+    one = cost(chain(4), EXAMPLE).macs
+    assert cost(Listed(), ([EXAMPLE[0], EXAMPLE[1]],)).macs == one
+    assert cost(chain(4), {"input": EXAMPLE}).macs == one

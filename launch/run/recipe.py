@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from dataclasses import replace
 
+import torch
+
 from netslim.launch.config import RunConfig
 from netslim.launch.run.job import Job
 from netslim.launch.run.runner import Make, run_stage
@@ -58,7 +60,8 @@ def rehearse(job: Job) -> None:
     def plan_all() -> None:
         model = job.build()
         channels = map_channels(model, job.blank_image, job.config.prune.coupling)
+        noise = torch.randn(job.blank_image.shape, generator=torch.Generator().manual_seed(0)).to(job.blank_image)
         for ratio in job.config.prune.ratio:
-            cut_proved(model, channels, job.blank_image, ratio, rules)
+            cut_proved(model, channels, noise, ratio, rules)
 
     job.run.on_main(plan_all)
