@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -78,7 +79,12 @@ def has_others(value: Any) -> bool:
     return value is not None and not isinstance(value, Tensor)
 
 
+_ATOMS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+
+
 def _collect(value: Any, found: list[Tensor], seen: set[int] | None) -> None:
+    if type(value) in _ATOMS:  # of most arguments this is known fastest
+        return
     if isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, (tuple, list)):

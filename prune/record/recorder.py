@@ -56,8 +56,8 @@ class Recorder(TorchFunctionMode):
         self.has_strangers = False
         """Whether there were values that no call, parameter or input accounts for: constants, or what ran unseen."""
         self._watch = _Unseen(self) if watch else None
-        self._names = {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
-        self._kinds = {id(tensor): "parameter" for tensor in model.parameters()}
+        self._names = {id(buffer): (name, "buffer") for name, buffer in model.named_buffers()}
+        self._names |= {id(parameter): (name, "parameter") for name, parameter in model.named_parameters()}
         self._numbers: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no other tensor gets the identity of one of them
         self._storages: dict[int, list[int]] = defaultdict(list)
@@ -74,13 +74,13 @@ class Recorder(TorchFunctionMode):
         try:
             self.model.train(is_training)  # which the network may refuse, too
             with self._watch or _NOTHING, self:
-                result = self.model(*args, **kwargs)
+                results = results_of(self.model(*args, **kwargs))
         except Exception as error:
             raise Failed(self._where(error), error) from error
         finally:
             for hook in hooks:
                 hook.remove()
-        self.record.results = tuple(self.number_of(value) for value in results_of(result))
+        self.record.results = tuple(self.number_of(value) for value in results)
         if self.observer is not None:
             self.observer.leaves(self.record)
         self._alive.clear()
@@ -90,10 +90,9 @@ class Recorder(TorchFunctionMode):
         """Give the number of a value; one that was never seen is a parameter, a buffer or a constant."""
         number = self._numbers.get(id(value))
         if number is None:
-            name = self._names.get(id(value), "")
-            if not name:
-                self.has_strangers = True
-            number = self._enter(value, self._kinds.get(id(value), "buffer") if name else "constant", name)
+            name, kind = self._names.get(id(value), ("", "constant"))
+            self.has_strangers |= not name
+            number = self._enter(value, kind, name)
         return number
 
     @property
