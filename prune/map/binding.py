@@ -53,7 +53,8 @@ class Binding:
         self._homes: dict[str, list[str]] = {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         for name, module in model.named_modules():
-            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            own = module._parameters  # of a scripted module it is no dictionary
+            weight = own.get("weight") if isinstance(own, dict) else dict(module.named_parameters()).get("weight")
             if weight is not None:
                 self._homes.setdefault(names[id(weight)], []).append(name)
 

@@ -50,7 +50,8 @@ class _Kept:
         self._kinds: set[type] = set()
         with torch.no_grad():
             for module in model.modules():
-                self._visit(module, 0)
+                if not isinstance(module, torch.jit.ScriptModule):
+                    self._visit_module(module)
             for buffer in model.buffers():
                 self._tensors.append((buffer, buffer._version, buffer.clone()))
 
@@ -68,6 +69,18 @@ class _Kept:
         for function, size in self._caches:
             if function.cache_info().currsize != size:
                 function.cache_clear()
+
+    def _visit_module(self, module: nn.Module) -> None:
+        """Look at what a module holds: of what torch itself keeps on every module, the hooks alone."""
+        self._seen.add(id(module))
+        state = vars(module)
+        self._boxes[id(state)] = state, state.copy()
+        for name, value in state.items():
+            if name in _PARTS:
+                self._boxes[id(value)] = value, value.copy()
+            elif (value or name not in _TORCHS) and not isinstance(value, _ATOMS):
+                self._visit(value, 1)
+        self._visit_class(type(module), 0)
 
     def _visit(self, value: Any, depth: int) -> None:
         if id(value) in self._seen or depth > _DEEPEST or isinstance(value, _ATOMS):
@@ -87,7 +100,8 @@ class _Kept:
             self._visit(value.__func__, depth)
             self._visit(value.__self__, depth + 1)
         elif isinstance(value, partial):
-            self._visit((value.func, value.args, value.keywords), depth)
+            for part in (value.func, value.args, value.keywords):
+                self._visit(part, depth)
         elif isinstance(value, Tensor):
             if depth and value.numel() <= _MOST and not isinstance(value, nn.Parameter) and not value.is_meta:
                 self._tensors.append((value, value._version, value.detach().clone()))
@@ -105,7 +119,8 @@ class _Kept:
             if cell != CellType():
                 self._cells.append((cell, cell.cell_contents))
                 self._visit(cell.cell_contents, depth + 1)
-        self._visit((function.__defaults__, function.__kwdefaults__, vars(function)), depth)
+        for part in (function.__defaults__, function.__kwdefaults__, vars(function)):
+            self._visit(part, depth)
         for name in _names(function.__code__):
             if name in function.__globals__:
                 self._visit(function.__globals__[name], depth + 1)
@@ -119,6 +134,8 @@ class _Kept:
                     self._visit(value, depth + 1)
 
 
+_PARTS = frozenset(("_parameters", "_buffers", "_modules"))
+_TORCHS = frozenset(vars(nn.Module())) - _PARTS
 _ATOMS = (int, float, complex, str, bytes, type(None), type, ModuleType, BuiltinFunctionType, torch.dtype, torch.device)
 
 

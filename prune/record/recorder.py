@@ -164,12 +164,14 @@ class Recorder(TorchFunctionMode):
         return number
 
     def _enter(self, value: Tensor, kind: str, name: str) -> int:
-        with self._aside():
-            number = self._number(value)
-            if name:
-                self.record.parameters[number] = name
-            if self.observer is not None:
-                self.observer.enters(number, value, kind, name)
+        if not self.is_inside:
+            with self._aside():
+                return self._enter(value, kind, name)
+        number = self._number(value)
+        if name:
+            self.record.parameters[number] = name
+        if self.observer is not None:
+            self.observer.enters(number, value, kind, name)
         return number
 
     @contextmanager
