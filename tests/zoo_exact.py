@@ -103,6 +103,13 @@ def difference(want: list[Tensor], have: list[Tensor]) -> float:
     return largest
 
 
+def effect(want: list[Tensor], whole: list[Tensor]) -> float:
+    """Measure what the removed channels were to the outputs, so that equality without them says something."""
+    if [t.shape for t in want] != [t.shape for t in whole]:  # as a detector finds other things
+        return 1.0
+    return difference(want, whole)
+
+
 def spread(found: list[Tensor]) -> float | None:
     """Measure how much the two images differ to the network, relative to an output; None where that is not to be said."""
     shares = [
@@ -177,6 +184,8 @@ def measured(network: Network, coupling: Coupling, found: dict[str, Any]) -> dic
         with torch.no_grad():
             want = called(switch(twin), wide)
             found[mode] = difference(want, called(switch(narrow), wide))
+        with torch.no_grad():
+            found[f"effect in {mode}"] = effect(want, called(switch(copy.deepcopy(model).double()), wide))
         if mode == "eval":
             found["spread"] = spread(want)
             found["double"] = all(t.dtype == torch.float64 for t in want if t.is_floating_point())

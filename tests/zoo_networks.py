@@ -101,7 +101,7 @@ def images(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def _detector(name: str, *, keypoints: bool = False, masks: bool = False, **options: Any) -> Network:
+def detector(name: str, *, keypoints: bool = False, masks: bool = False, **options: Any) -> Network:
     """A detector with what training needs beside the images; all boxes are outputs, however improbable."""
 
     def example(model: nn.Module) -> tuple[Any, ...]:
@@ -138,21 +138,21 @@ def _torchvision() -> list[Network]:
         _classified("deeplabv3_resnet50", "segmentation", 2, 3, 64, 64, **maps),
         _classified("deeplabv3_mobilenet_v3_large", "segmentation", 2, 3, 64, 64, **maps),
         _classified("lraspp_mobilenet_v3_large", "segmentation", 2, 3, 64, 64, weights_backbone=None),
-        _detector("fasterrcnn_resnet50_fpn", **rcnn),
-        _detector("fasterrcnn_resnet50_fpn_v2", **rcnn),
-        _detector("fasterrcnn_mobilenet_v3_large_fpn", **rcnn),
-        _detector("fasterrcnn_mobilenet_v3_large_320_fpn", **rcnn),
-        _detector("maskrcnn_resnet50_fpn", masks=True, **rcnn),
-        _detector("maskrcnn_resnet50_fpn_v2", masks=True, **rcnn),
-        _detector("keypointrcnn_resnet50_fpn", keypoints=True, num_classes=2, **rcnn),
-        _detector("retinanet_resnet50_fpn", **dense),
-        _detector("retinanet_resnet50_fpn_v2", **dense),
-        _detector("fcos_resnet50_fpn", **dense),
-        _detector("ssd300_vgg16", **dense_one),
-        _detector("ssdlite320_mobilenet_v3_large", **dense_one),
-        _classified("r3d_18", "video", 2, 3, 8, 64, 64),
-        _classified("mc3_18", "video", 2, 3, 8, 64, 64),
-        _classified("r2plus1d_18", "video", 2, 3, 8, 64, 64),
+        detector("fasterrcnn_resnet50_fpn", **rcnn),
+        detector("fasterrcnn_resnet50_fpn_v2", **rcnn),
+        detector("fasterrcnn_mobilenet_v3_large_fpn", **rcnn),
+        detector("fasterrcnn_mobilenet_v3_large_320_fpn", **rcnn),
+        detector("maskrcnn_resnet50_fpn", masks=True, **rcnn),
+        detector("maskrcnn_resnet50_fpn_v2", masks=True, **rcnn),
+        detector("keypointrcnn_resnet50_fpn", keypoints=True, num_classes=2, **rcnn),
+        detector("retinanet_resnet50_fpn", **dense),
+        detector("retinanet_resnet50_fpn_v2", **dense),
+        detector("fcos_resnet50_fpn", **dense),
+        detector("ssd300_vgg16", **dense_one),
+        detector("ssdlite320_mobilenet_v3_large", **dense_one),
+        _classified("r3d_18", "video", 2, 3, 4, 32, 32),
+        _classified("mc3_18", "video", 2, 3, 4, 32, 32),
+        _classified("r2plus1d_18", "video", 2, 3, 4, 32, 32),
         _classified("s3d", "video", 2, 3, 16, 224, 224),
         *(
             _classified(f"quantized_{name}", "quantization", 2, 3, size, size, quantize=False)
