@@ -6,6 +6,7 @@
 # make fresh  demo and test in a clean clone of HEAD, in fresh Debian 12 and 13 (debootstrap, as root): tests/fresh.sh
 # make lab    the lab report measured again, for docs/lab.md: make lab FLAGS='--root ~/cifar10'
 # make bench-gpu    one GPU measured in nine minutes: make bench-gpu FLAGS='--json gpu.json'
+# make zoo    every file of timm, and torchvision beyond its classifiers, cut: a table in build/, hours with Torch-Pruning
 # make gpu    tests of training on one GPU: nccl alone, gloo between two processes, fp16, bf16, torch.compile, resuming
 
 PYTHON ?= python3
@@ -22,13 +23,13 @@ TEST_TOOLS ?= slurmctld:slurm-wlm munged:munge shellcheck:shellcheck chromium:ch
 # Processes that run tests.
 WORKERS ?= 2
 
-# A benchmark's figures, of which docs/performance.md is made; that of a GPU is `make bench-gpu`.
+# A benchmark's figures, of which docs/performance.md is made; those of a GPU and of all networks have words of their own.
 FIGURES := $(patsubst tests/bench/%.py,docs/performance/%.json,\
-	$(filter-out %/bench_gpu.py,$(sort $(wildcard tests/bench/bench_*.py))))
+	$(filter-out %/bench_gpu.py %/bench_zoo.py,$(sort $(wildcard tests/bench/bench_*.py))))
 FLAGS_bench_end_to_end = $(if $(ROOT),--root $(ROOT) --model vgg19 --epochs 8 --finetune-epochs 3 --weight 2e-3 \
 	--reconfigure-every 1 --seeds 0 1 2)
 
-.PHONY: demo test slow soak gpu fresh check format bench bench-gpu lab dev clean $(FIGURES)
+.PHONY: demo test slow soak gpu fresh check format bench bench-gpu zoo lab dev clean $(FIGURES)
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -64,6 +65,10 @@ fresh:
 gpu: $(READY)
 	NETSLIM_TEST_DEVICE=cuda $(BIN)/python -m pytest -m 'not soak' \
 		tests/test_train_distributed.py tests/test_train_engines.py tests/test_train_resume.py tests/test_train_finite.py
+
+zoo: $(READY_BENCH)
+	mkdir -p build
+	$(BIN)/python tests/bench/bench_zoo.py --out build/zoo.jsonl $(FLAGS)
 
 bench-gpu: $(READY)
 	$(BIN)/python tests/bench/bench_gpu.py $(FLAGS)
