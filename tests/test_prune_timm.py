@@ -1,4 +1,4 @@
-"""Networks of timm, and of torchvision for other tasks than classification: cut exactly in both modes, and trainable."""
+"""Networks of timm, and of torchvision for other tasks than classification: cut exactly in both modes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Cutting a network of somebody's and comparing it with a masked one, by code that owes nothing to netslim's own proof."""
+"""A network cut and compared with a masked one, by code that owes nothing to netslim's own proof."""
 
 import copy
 import math
@@ -111,7 +111,7 @@ def effect(want: list[Tensor], whole: list[Tensor]) -> float:
 
 
 def spread(found: list[Tensor]) -> float | None:
-    """Measure how much the two images differ to the network, relative to an output; None where that is not to be said."""
+    """Measure how much the two images differ to the network, relative to an output; None where it cannot be."""
     shares = [
         float((t[0] - t[1]).abs().max() / t.abs().max().clamp_min(1e-300))
         for t in found
@@ -138,7 +138,9 @@ def assert_comes_back(network: Network, small: nn.Module, plan: Plan, example: A
         back = load(directory, build=lambda: network.build(seed=5))
     state = small.state_dict()
     assert list(state) == list(back.state_dict()), "other keys after loading"
-    assert all(torch.equal(value, state[key]) for key, value in back.state_dict().items()), "other tensors after loading"
+    assert all(torch.equal(value, state[key]) for key, value in back.state_dict().items()), (
+        "other tensors after loading"
+    )
     with torch.no_grad():
         outputs = zip(called(small.eval(), example), called(back.eval(), example), strict=True)
         assert all(torch.equal(a, b) for a, b in outputs), "other outputs after loading"

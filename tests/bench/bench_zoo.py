@@ -6,7 +6,6 @@ Of each file of timm the smallest network that has a BatchNorm, at its own size 
 process of its own. What is measured is appended to a file, line by line, and not measured again when it is there.
 """
 
-import copy
 import json
 import math
 import multiprocessing
@@ -34,18 +33,20 @@ from zoo_exact import RATIO, TOLERANCE, called, measured, num_params
 from zoo_networks import TORCHVISION, Network, network_of, smallest, timm_files
 
 COUPLINGS = ("group", "select")
-COMMIT = subprocess.run(("git", "rev-parse", "--short", "HEAD"), capture_output=True, text=True, check=False).stdout.strip()
+COMMIT = subprocess.run(
+    ("git", "rev-parse", "--short", "HEAD"), capture_output=True, text=True, check=False
+).stdout.strip()
 PEER_SECONDS = 60
 MEMORY = 12 << 30
 FEW = 0.1
 """Share of the parameters: of networks that lose no more the reason is told."""
-ABOUT = f"""Of every file of timm the smallest network that has a BatchNorm, at its own size of images, and torchvision's
-networks for other tasks than classification, detectors with their losses; random weights, {RATIO:.0%} of the removable
-channels by one threshold. A cut is exact if its outputs equal those of the whole network with the removed gammas and
-betas at zero, in eval and in training mode, to {TOLERANCE:g} in float64; then it is trained for a step, and saved and
-loaded, bit for bit. Torch-Pruning prunes by BNScalePruner, the same ratio by one threshold, and has worked if the network
-runs afterwards and its outputs have the shapes that they had; it has {PEER_SECONDS} seconds. Seconds are the
-processor's, on one thread."""
+ABOUT = f"""Of every file of timm the smallest network that has a BatchNorm, at its own size of images, and
+torchvision's networks for other tasks than classification, detectors with their losses; random weights, {RATIO:.0%}
+of the removable channels by one threshold. A cut is exact if its outputs equal those of the whole network with the
+removed gammas and betas at zero, in eval and in training mode, to {TOLERANCE:g} in float64; then it is trained for
+a step, and saved and loaded, bit for bit. Torch-Pruning prunes by BNScalePruner, the same ratio by one threshold,
+and has worked if the network runs afterwards and its outputs have the shapes that they had; it has {PEER_SECONDS}
+seconds. Seconds are the processor's, on one thread."""
 
 Found = dict[str, Any]
 
@@ -120,12 +121,13 @@ def peer(network: Network, found: Found) -> None:
     with torch.no_grad():
         after = [output.shape for output in called(model, example)]
     # detectors say how many things they see
-    assert len(after) == len(before) and (network.file == "detection" or after == before), "outputs of other shapes"
+    assert len(after) == len(before), "other outputs"
+    assert network.file == "detection" or after == before, "outputs of other shapes"
     found["at"] = "done"
 
 
 def apart(limit: float, work: Callable[[Found], object]) -> Found:
-    """Do it in a process of its own, with a limit of its seconds and memory; what was found before an error is there."""
+    """Do it in a process of its own, with a limit of seconds and memory; what was found before an error is there."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_child, args=(theirs, limit, work))
     process.start()
@@ -188,10 +190,14 @@ def line(row: Found) -> str:
         found = row[coupling]
         modes = " ".join(f"{found[mode]:.0e}" if mode in found else "-" for mode in ("eval", "training"))
         ends = found.get("error") or ("held: " + found["held"][:200] if "held" in found else "")
-        parts.append(f"{coupling} {share(found)} {modes} {took(found) or 0:.1f}s {found.get('at')} {ends[:200]}".rstrip())
+        parts.append(
+            f"{coupling} {share(found)} {modes} {took(found) or 0:.1f}s {found.get('at')} {ends[:200]}".rstrip()
+        )
     if "peer" in row:
         found = row["peer"]
-        parts.append(f"peer {share(found)} {found.get('took', 0):.1f}s {found.get('at')} {found.get('error', '')[:80]}".rstrip())
+        parts.append(
+            f"peer {share(found)} {found.get('took', 0):.1f}s {found.get('at')} {found.get('error', '')[:80]}".rstrip()
+        )
     return " | ".join(parts)
 
 
@@ -218,7 +224,13 @@ def reason(row: Found) -> str:
     if found.get("error"):
         return str(found["error"])
     few = "held" in found or found.get("gone", 1) <= FEW
-    return str(found.get("held", found.get("why"))).partition("; ")[0].removeprefix("no channel of the network is prunable: ") if few else ""
+    return (
+        str(found.get("held", found.get("why")))
+        .partition("; ")[0]
+        .removeprefix("no channel of the network is prunable: ")
+        if few
+        else ""
+    )
 
 
 def report(rows: list[Found], file: Path | None) -> None:
@@ -242,7 +254,19 @@ def report(rows: list[Found], file: Path | None) -> None:
                 reason(row),
             ]
         )
-    columns = ("network", "file", "group", "gone", "select", "gone", "seconds", "Torch-Pruning", "gone", "seconds", "why")
+    columns = (
+        "network",
+        "file",
+        "group",
+        "gone",
+        "select",
+        "gone",
+        "seconds",
+        "Torch-Pruning",
+        "gone",
+        "seconds",
+        "why",
+    )
     results.table(columns, table, "Gone: the share of the parameters.")
     for coupling in COUPLINGS:
         each = [row[coupling] for row in rows]
