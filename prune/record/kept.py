@@ -78,7 +78,7 @@ class _Kept:
         for name, value in state.items():
             if name in _PARTS:
                 self._boxes[id(value)] = value, value.copy()
-            elif (value or name not in _TORCHS) and not isinstance(value, _ATOMS):
+            elif (name not in _TORCHS or value) and not isinstance(value, _ATOMS):
                 self._visit(value, 1)
         self._visit_class(type(module), 0)
 
