@@ -1,4 +1,4 @@
-"""Networks of timm, and of torchvision for other tasks than classification: cut exactly in both modes."""
+"""Networks of timm, and of torchvision for other tasks than classification: cut exactly in both modes; they train."""
 
 from typing import Any
 

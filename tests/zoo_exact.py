@@ -1,4 +1,4 @@
-"""A network cut and compared with a masked one, by code that owes nothing to netslim's own proof."""
+"""A network of somebody's cut, and compared with a masked one by code that owes nothing to netslim's own proof."""
 
 import copy
 import math
@@ -111,7 +111,7 @@ def effect(want: list[Tensor], whole: list[Tensor]) -> float:
 
 
 def spread(found: list[Tensor]) -> float | None:
-    """Measure how much the two images differ to the network, relative to an output; None where it cannot be."""
+    """Measure how much the two images differ to the network, relative to an output; None where nothing says."""
     shares = [
         float((t[0] - t[1]).abs().max() / t.abs().max().clamp_min(1e-300))
         for t in found

@@ -41,12 +41,12 @@ MEMORY = 12 << 30
 FEW = 0.1
 """Share of the parameters: of networks that lose no more the reason is told."""
 ABOUT = f"""Of every file of timm the smallest network that has a BatchNorm, at its own size of images, and
-torchvision's networks for other tasks than classification, detectors with their losses; random weights, {RATIO:.0%}
-of the removable channels by one threshold. A cut is exact if its outputs equal those of the whole network with the
-removed gammas and betas at zero, in eval and in training mode, to {TOLERANCE:g} in float64; then it is trained for
-a step, and saved and loaded, bit for bit. Torch-Pruning prunes by BNScalePruner, the same ratio by one threshold,
-and has worked if the network runs afterwards and its outputs have the shapes that they had; it has {PEER_SECONDS}
-seconds. Seconds are the processor's, on one thread."""
+torchvision's networks for other tasks than classification, detectors with their losses; random weights, {RATIO:.0%} of
+the removable channels by one threshold. A cut is exact if its outputs equal those of the whole network with the removed
+gammas and betas at zero, in eval and in training mode, to {TOLERANCE:g} in float64; then it is trained for a step, and
+saved and loaded, bit for bit. Torch-Pruning prunes by BNScalePruner, the same ratio by one threshold, and has worked if
+the network runs afterwards and its outputs have the shapes that they had; it has {PEER_SECONDS} seconds. Seconds are
+the processor's, on one thread."""
 
 Found = dict[str, Any]
 
@@ -120,14 +120,14 @@ def peer(network: Network, found: Found) -> None:
     found["at"] = "forward"
     with torch.no_grad():
         after = [output.shape for output in called(model, example)]
-    # detectors say how many things they see
-    assert len(after) == len(before), "other outputs"
-    assert network.file == "detection" or after == before, "outputs of other shapes"
+    if network.file == "detection":  # of another number of things
+        before, after = ([shape[1:] for shape in shapes] for shapes in (before, after))
+    assert after == before, "outputs of other shapes"
     found["at"] = "done"
 
 
 def apart(limit: float, work: Callable[[Found], object]) -> Found:
-    """Do it in a process of its own, with a limit of seconds and memory; what was found before an error is there."""
+    """Do it in a process of its own, with a limit of its seconds and memory; keep what was found before an error."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_child, args=(theirs, limit, work))
     process.start()
@@ -186,18 +186,12 @@ def line(row: Found) -> str:
     if row["name"] is None:
         return f"{row['of']}: {row.get('failed', 'no BatchNorm')}"
     parts = [f"{row['of']:<32} {row['name']:<32}"]
-    for coupling in COUPLINGS:
-        found = row[coupling]
-        modes = " ".join(f"{found[mode]:.0e}" if mode in found else "-" for mode in ("eval", "training"))
-        ends = found.get("error") or ("held: " + found["held"][:200] if "held" in found else "")
-        parts.append(
-            f"{coupling} {share(found)} {modes} {took(found) or 0:.1f}s {found.get('at')} {ends[:200]}".rstrip()
-        )
-    if "peer" in row:
-        found = row["peer"]
-        parts.append(
-            f"peer {share(found)} {found.get('took', 0):.1f}s {found.get('at')} {found.get('error', '')[:80]}".rstrip()
-        )
+    for who in (*COUPLINGS, "peer"):
+        if found := row.get(who, {}):
+            modes = " ".join(f"{found[mode]:.0e}" for mode in ("eval", "training") if mode in found)
+            ends = found.get("error") or found.get("held", "")
+            seconds = found.get("took", took(found)) or 0
+            parts.append(f"{who} {share(found)} {modes} {seconds:.1f}s {found.get('at')} {ends[:200]}".rstrip())
     return " | ".join(parts)
 
 
@@ -213,27 +207,34 @@ def took(found: Found) -> float | None:
 def said(found: Found) -> str:
     """What came of a cut, in a word or two."""
     if "error" in found:
-        return f"failed to {found.get('at', 'build')}" if found.get("at") != "compare" else "failed"
+        return f"failed: {found.get('at', 'build')}"
     if "held" in found:
         return "nothing removable"
     return "exact" if exact(found) else f"differs by {max(found['eval'], found['training']):.1g}"
 
 
 def reason(row: Found) -> str:
+    """Why there is no cut, or a small one, under group."""
     found = row["group"]
-    if found.get("error"):
+    if "error" in found:
         return str(found["error"])
-    few = "held" in found or found.get("gone", 1) <= FEW
-    return (
-        str(found.get("held", found.get("why")))
-        .partition("; ")[0]
-        .removeprefix("no channel of the network is prunable: ")
-        if few
-        else ""
-    )
+    if found.get("gone", 1) > FEW:
+        return ""
+    kept = str(found.get("held", found.get("why"))).removeprefix("no channel of the network is prunable: ")
+    return kept.partition("; ")[0]
+
+
+def without_norms(without: list[str], failed: list[str]) -> str:
+    """Say which files are not in the table."""
+    said = f" Without BatchNorm: {', '.join(without)}." if without else ""
+    return said + (f" Not built: {', '.join(failed)}." if failed else "")
 
 
 def report(rows: list[Found], file: Path | None) -> None:
+    failed, without = (
+        [row["of"] for row in rows if row["name"] is None and ("failed" in row) is is_failed]
+        for is_failed in (True, False)
+    )
     rows = [row for row in rows if row["name"] is not None]
     results = Results("Networks of timm and torchvision", ABOUT)
     table: list[list[Cell]] = []
@@ -267,7 +268,7 @@ def report(rows: list[Found], file: Path | None) -> None:
         "seconds",
         "why",
     )
-    results.table(columns, table, "Gone: the share of the parameters.")
+    results.table(columns, table, f"Gone: the share of the parameters.{without_norms(without, failed)}")
     for coupling in COUPLINGS:
         each = [row[coupling] for row in rows]
         counts = {
