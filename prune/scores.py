@@ -69,7 +69,7 @@ def _mean_by_number(numbers: Ints, values: Norms, count: int) -> Norms:
 def _gains(model: nn.Module, end: Ends) -> Norms:
     gamma = weight_of(model, end.name)
     gains = torch.ones(len(end.outputs), dtype=torch.float64) if gamma is None else gamma.detach().double().cpu()
-    norm = dict(model.named_modules()).get(end.name)
+    norm = model.get_submodule(end.name) if tensor_of(model, end.name) is None else None
     if isinstance(norm, NORMALISING) and norm.running_var is not None:
         gains = gains / (norm.running_var.double().cpu() + norm.eps).sqrt()
     values: Norms = gains.numpy()

@@ -95,7 +95,7 @@ def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Example) -> f
     """
     difference, is_double = _measured(model, small, plan, example)
     tolerance = TOLERANCE if is_double else TOLERANCE_SINGLE
-    if math.isinf(difference) and not _is_finite(masked(model, plan), example):
+    if math.isinf(difference) and not _is_finite(model, masked(model, plan), example):
         raise ValueError(
             "the network's outputs are NaN or infinite, so no cut can be proved: its weights are damaged, or training "
             "diverged; train again with a lower learning rate"
@@ -123,9 +123,9 @@ def relative_difference(have: Sequence[Tensor], want: Sequence[Tensor]) -> float
     return largest / scale if math.isfinite(scale) else math.inf
 
 
-@torch.no_grad()
-def _is_finite(twin: nn.Module, example: Example) -> bool:
-    return all(bool(torch.isfinite(output).all()) for output in _evaluated(twin, example))
+def _is_finite(model: nn.Module, twin: nn.Module, example: Example) -> bool:
+    with untouched(model):
+        return all(bool(torch.isfinite(output).all()) for output in _evaluated(twin, example))
 
 
 def _evaluated(model: nn.Module, example: Example) -> list[Tensor]:
@@ -141,17 +141,12 @@ def _trained(model: nn.Module, example: Example) -> list[Tensor]:
 
 @torch.no_grad()
 def _results(model: nn.Module, example: Example) -> list[Tensor]:
-    devices = [p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")][:1]
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices), _Still():
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            return results_of(call(model, example))
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    """Run a network on random numbers that are the same for all; `untouched` puts their states back."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    with _Still():
+        return results_of(call(model, example))
 
 
 class _Still(TorchFunctionMode):

@@ -48,7 +48,7 @@ def fitting_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return layers
 
 
-def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
+def own_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """Name what a slice resizes of a layer."""
     own = dict((*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)))
     return {name: tensor for name, tensor in own.items() if name in OWN}

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from netslim.prune.choose import Plan
 from netslim.prune.cut.resize import (
     fitting_layers,
+    own_tensors,
     put_back,
     resize,
     retell,
     scatter,
     sliced,
     surround,
-    tensors_of,
     trimmed,
 )
 from netslim.prune.record import replica, tensor_of
@@ -36,7 +36,7 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
     memo: dict[int, object] = {}
     parts = [part for part in plan.slices if part.name in layers]
     for part in parts:
-        for name, tensor in tensors_of(layers[part.name]).items():
+        for name, tensor in own_tensors(layers[part.name]).items():
             memo[id(tensor)] = sliced(layers[part.name], name, tensor, part)
     for trim in plan.trims:
         whole = tensor_of(model, trim.name)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from netslim.prune.record import words
+
 Term = tuple[Tensor, Fraction]
 """Labels of channels (channels,), and what each of them counts."""
 
@@ -138,23 +140,9 @@ def _escaping(name: str) -> Any:
     return method
 
 
-_ESCAPING = (
-    *(
-        "rsub",
-        "pow",
-        "rpow",
-        "truediv",
-        "rtruediv",
-        "rfloordiv",
-        "rmod",
-        "divmod",
-        "rdivmod",
-        "and",
-        "rand",
-        "or",
-        "ror",
-    ),
-    *("xor", "rxor", "lshift", "rshift", "neg", "abs", "invert", "float", "int", "round"),
+_ESCAPING = words(
+    "rsub pow rpow truediv rtruediv rfloordiv rmod divmod rdivmod and rand or ror xor rxor lshift rshift neg abs "
+    "invert float int round"
 )
 for _name in _ESCAPING:
     setattr(Count, f"__{_name}__", _escaping(f"__{_name}__"))
@@ -169,23 +157,3 @@ def asks_itself() -> bool:
 
 
 _TOLD = os.path.join("torch", "nn", "modules", "instancenorm.py")
-
-
-def parts_of(value: Any, kind: type[Any]) -> list[Any]:
-    """List the tensors, or counts, anywhere in the arguments of a call."""
-    found: list[Any] = []
-    _collect(value, kind, found)
-    return found
-
-
-def _collect(value: Any, kind: type[Any], found: list[Any]) -> None:
-    if isinstance(value, kind):
-        found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            _collect(part, kind, found)
-    elif isinstance(value, dict):
-        for part in value.values():
-            _collect(part, kind, found)
-    elif isinstance(value, slice):
-        _collect((value.start, value.stop, value.step), kind, found)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netslim.prune.map.classes import CONSTANT, Classes, along, compact, line, varying
-from netslim.prune.map.counts import Count, parts_of
+from netslim.prune.map.counts import Count
 from netslim.prune.map.operations import LOCAL, Labelled, Step
 from netslim.prune.map.values import channelless, elementwise, no_channels, not_zero, raised, together
+from netslim.prune.record import parts_of
 
 
 def pooled(classes: Classes, step: Step) -> Labelled:

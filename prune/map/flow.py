@@ -12,12 +12,15 @@ from netslim.prune.map import dimensions as dims
 from netslim.prune.map import operations as ops
 from netslim.prune.map.binding import LAYERS, Binding
 from netslim.prune.map.classes import UNNORMALISED, Classes, along, varying
-from netslim.prune.map.counts import Count, parts_of
+from netslim.prune.map.counts import Count
 from netslim.prune.map.layers import Bond, see_selectable
 from netslim.prune.map.moves import Moves
 from netslim.prune.map.operations import Labelled, Step
 from netslim.prune.map.values import elementwise, is_constant, no_channels
-from netslim.prune.record import Call, Record, Recorder, is_inplace, line_of_user, tensors_of
+from netslim.prune.record import Call, Record, Recorder, is_inplace, line_of_user, mapped, parts_of, tensors_of
+
+Found = tuple[Sequence[Tensor] | None, str | None]
+"""The labels of all results, and why what went in has to stay, as in `Labelled`."""
 
 
 class Flow:
@@ -83,40 +86,49 @@ class Flow:
         recorder: Recorder,
     ) -> None:
         """Label what a call made; what is called with arguments that no rule foresees, stays."""
-        try:
-            self._follow(call, function, args, kwargs, made, recorder)
-        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            why = f"'{call.name}' with these arguments at {self._place(call)}"
-            self._hold(call, (args, kwargs), why)
-            self._labels |= dict(zip(call.outputs, self._mixed(call, made, why), strict=True))
-
-    def _follow(
-        self,
-        call: Call,
-        function: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        made: Sequence[Tensor],
-        recorder: Recorder,
-    ) -> None:
-        order = iter(call.inputs)
         if not self._tainted.isdisjoint(call.inputs):
             self._tainted.update(call.outputs)
             if not made:
                 self._decisions.setdefault(call.home, f"{self._place(call)} decides by values")
-        layer = LAYERS.get(call.name)
-        if layer is not None:
-            self._bound(call, layer, args, kwargs, made[0])
-            return
         if call.name in ops.KEEPING and len(call.inputs) == len(made) == 1 and call.inputs[0] in self._labels:
             self._labels[call.outputs[0]] = self._labels[call.inputs[0]]
             return
+        look = self._bound if call.name in LAYERS else self._ruled
+        try:
+            found, why = look(call, function, args, kwargs, made)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            found, why = None, f"'{call.name}' with these arguments at {self._place(call)}"
+        if why is not None:
+            self._hold(call, (args, kwargs), why)
+        found = self._mixed(call, made, why or "") if found is None else found
+        if is_inplace(function) and found and call.inputs:
+            self._written(call, recorder, args[0], found[0])
+        self._labels |= dict(zip(call.outputs, found, strict=True))
+
+    def _bound(self, call: Call, function: object, args: Any, kwargs: Any, made: Sequence[Tensor]) -> Found:
+        """Label what a layer with weights makes."""
+        numbers = {id(x): number for x, number in zip(tensors_of((args, kwargs)), call.inputs, strict=True)}
+        given = dict(zip(LAYERS[call.name], args, strict=False)) | kwargs
+        tensors = {key: numbers[id(x)] for key, x in given.items() if isinstance(x, Tensor)}
+        own = {key: self._loose[number][0] if number in self._loose else "" for key, number in tensors.items()}
+        labels = {key: self._of(n) for key, n in tensors.items() if key == "input" or not own[key]}
+        bond = Bond(call, given, own, labels, made[0].shape, lambda: self._place(call))
+        found, why = self.layers.bind(bond)
+        return None if found is None else [found], why
+
+    def _ruled(self, call: Call, function: Callable[..., Any], args: Any, kwargs: Any, made: Sequence[Tensor]) -> Found:
+        """Label what a function without weights makes, by its rule."""
+        order = iter(call.inputs)
+
+        def labelled(value: Any) -> Any:
+            return self._of(next(order)) if isinstance(value, Tensor) else value
+
         step = Step(
             call.name,
             function,
-            self._labelled(args, order),
-            self._labelled(kwargs, order),
-            [value.dtype for value in parts_of((args, kwargs), Tensor)],
+            mapped(args, labelled),
+            mapped(kwargs, labelled),
+            [value.dtype for value in tensors_of((args, kwargs))],
             [value.shape for value in made],
             self._place(call),
             call.home,
@@ -124,28 +136,9 @@ class Flow:
         found, why = self._rule(step)
         if found is not None and len(found) != len(made):
             found, why = None, f"'{call.name}' with these arguments"
-        if why is not None:
-            why = why if step.place in why else f"{why} at {step.place}"
-            self._hold(call, (args, kwargs), why)
-        found = self._mixed(call, made, why or "") if found is None else found
-        if is_inplace(function) and found and call.inputs:
-            self._written(call, recorder, args[0], found[0], step.place)
-        for number, label in zip(call.outputs, found, strict=True):
-            self._labels[number] = label
+        return found, why if why is None or step.place in why else f"{why} at {step.place}"
 
-    def _bound(self, call: Call, names: Sequence[str], args: Any, kwargs: Any, made: Tensor) -> None:
-        """Label what a layer with weights makes."""
-        numbers = {id(x): number for x, number in zip(tensors_of((args, kwargs)), call.inputs, strict=True)}
-        given = dict(zip(names, args, strict=False)) | kwargs
-        tensors = {key: numbers[id(x)] for key, x in given.items() if isinstance(x, Tensor)}
-        own = {key: self._loose[number][0] if number in self._loose else "" for key, number in tensors.items()}
-        labels = {key: self._of(n) for key, n in tensors.items() if key == "input" or not own[key]}
-        found, why = self.layers.bind(Bond(call, given, own, labels, made.shape, lambda: self._place(call)))
-        if why is not None:
-            self._hold(call, (args, kwargs), why)
-        self._labels[call.outputs[0]] = self._mixed(call, [made], why or "")[0] if found is None else found
-
-    def _rule(self, step: Step) -> tuple[Sequence[Tensor] | None, str | None]:
+    def _rule(self, step: Step) -> Found:
         """Label what a function without weights makes, or say why its channels cannot be followed."""
         name, operands = step.name, step.operands
         if name in ops.FACTORIES or name in ops.SAMPLING:
@@ -166,7 +159,7 @@ class Flow:
         labels, why = rule(self.classes, step) if rule is not None else (None, _unknown(name))
         return None if labels is None else [labels] * len(step.shapes), why
 
-    def _written(self, call: Call, recorder: Recorder, value: Tensor, labels: Tensor, place: str) -> None:
+    def _written(self, call: Call, recorder: Recorder, value: Tensor, labels: Tensor) -> None:
         """Keep the channels of tensors that are written into through another one, unless nothing came of it."""
         if labels is self._of(call.inputs[0]):
             return
@@ -174,20 +167,9 @@ class Flow:
             if number in self._labels:
                 for each in (self._labels[number], labels):
                     if not is_constant(each):
-                        self.classes.freeze(each, f"'{call.name}' writes into a part of another tensor at {place}")
-
-    def _labelled(self, value: Any, order: Any) -> Any:
-        """Put labels in place of the tensors of a call's arguments."""
-        if isinstance(value, Tensor):
-            return self._of(next(order))
-        if isinstance(value, torch.Size):
-            return tuple(value)
-        if isinstance(value, (tuple, list)):
-            parts = [self._labelled(part, order) for part in value]
-            return parts if isinstance(value, list) else tuple(parts)
-        if isinstance(value, dict):
-            return {key: self._labelled(part, order) for key, part in value.items()}
-        return value
+                        self.classes.freeze(
+                            each, f"'{call.name}' writes into a part of another tensor at {self._place(call)}"
+                        )
 
     def _of(self, number: int) -> Tensor:
         """Look up the labels of a value; an element of a parameter that is read outside a layer gets one of its own."""

@@ -23,10 +23,10 @@ from netslim.prune.map.classes import (
     tight,
     varying,
 )
-from netslim.prune.map.counts import Count, Term, asks_itself, parts_of, plain
+from netslim.prune.map.counts import Count, Term, asks_itself, plain
 from netslim.prune.map.operations import CHOOSING, RESHAPING, SAMPLING, Labelled, Step, to_labels
 from netslim.prune.map.values import channelless, no_channels, not_zero, raised, together
-from netslim.prune.record import line_of_user
+from netslim.prune.record import line_of_user, parts_of
 
 
 class Moves:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from netslim.prune.map.counts import parts_of
-from netslim.prune.record import is_inplace, words
+from netslim.prune.record import is_inplace, parts_of, words
 
 RESHAPING = words("view reshape flatten unflatten expand view_as reshape_as expand_as")
 # By where a channel stands: what stood there is another one once some are gone.
@@ -33,9 +32,9 @@ KEEPING = COPYING | words(
     "relu relu6 leaky_relu silu gelu hardswish tanh elu selu celu mish softsign abs neg square sqrt"
 )
 ELEMENTWISE = KEEPING | words(
-    "relu relu6 leaky_relu rrelu prelu silu gelu hardswish hardsigmoid hardtanh tanh elu selu celu mish softsign "
-    "softshrink hardshrink tanhshrink sigmoid softplus logsigmoid threshold clamp clamp_min clamp_max abs neg positive "
-    "square sqrt rsqrt reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh asinh acosh "
+    "rrelu prelu hardsigmoid hardtanh softshrink hardshrink tanhshrink sigmoid softplus logsigmoid threshold clamp "
+    "clamp_min clamp_max positive "
+    "rsqrt reciprocal exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh asinh acosh "
     "atanh erf erfc erfinv sign sgn floor ceil round trunc frac nan_to_num pow rpow add sub rsub mul div rdiv rtruediv "
     "floor_divide remainder fmod maximum minimum fmax fmin max min atan2 hypot lerp addcmul addcdiv where masked_fill "
     "eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not logical_xor bitwise_not xlogy "
@@ -75,7 +74,6 @@ class Step:
     """Of the values that came out."""
     place: str
     """The module, and file:line of the network's code."""
-
     home: str
     """The module in whose forward it was called."""
 
@@ -109,12 +107,3 @@ def to_labels(step: Step) -> Any:
     if is_inplace(step.function):
         return getattr(Tensor, step.name)(*step.args, **step.kwargs)
     return step.function(*step.args, **step.kwargs)
-
-
-def stays_zero(function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Try an element-by-element function on the values given: are all results zero?"""
-    try:
-        result = function(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError):
-        return False
-    return isinstance(result, Tensor) and not bool(torch.isnan(result.double()).any() or result.any())

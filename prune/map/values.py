@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from netslim.prune.map.classes import CONSTANT, Classes, Ints, compact, varying
-from netslim.prune.map.counts import Count, parts_of
+from netslim.prune.map.counts import Count
 from netslim.prune.map.operations import COPYING, RANDOM, Labelled, Step
+from netslim.prune.record import mapped, parts_of
 
 
 def elementwise(classes: Classes, step: Step) -> Labelled:
@@ -145,16 +146,14 @@ def _is_zero(step: Step, zeros: Sequence[int]) -> bool:
 
     def tried(value: Any) -> Any:
         nonlocal order
-        if isinstance(value, Tensor):
-            order += 1
-            kind = step.kinds[order]
-            return torch.zeros(4, dtype=kind, device="cpu") if order in zeros else _any_of(kind)
-        if type(value) in (tuple, list):
-            return type(value)(map(tried, value))
-        return {key: tried(part) for key, part in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, Tensor):
+            return value
+        order += 1
+        kind = step.kinds[order]
+        return torch.zeros(4, dtype=kind, device="cpu") if order in zeros else _any_of(kind)
 
     try:
-        result = step.function(*tried(step.args), **tried(step.kwargs))
+        result = step.function(*mapped(step.args, tried), **mapped(step.kwargs, tried))
     except (RuntimeError, TypeError, ValueError):
         return False
     return isinstance(result, Tensor) and not bool(torch.isnan(result.double()).any() or result.any())

@@ -5,7 +5,7 @@ is asked of the record. How a call is seen, and how copies are made, is nobody e
 the names of its functions are known here for all.
 """
 
-from netslim.prune.record.calls import Call, Course, Record, results_of, tensors_of
+from netslim.prune.record.calls import Call, Course, Record, mapped, parts_of, results_of, tensors_of
 from netslim.prune.record.copies import replica
 from netslim.prune.record.functions import CONVOLUTIONS, is_inplace, name_of, words
 from netslim.prune.record.kept import untouched
@@ -60,9 +60,11 @@ __all__ = [
     "layers_of",
     "line_of_traceback",
     "line_of_user",
+    "mapped",
     "moved",
     "name_of",
     "on_a_copy",
+    "parts_of",
     "recorded",
     "replica",
     "results_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -56,18 +56,35 @@ class Record:
         return self.calls, self.results
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """List the tensors in the arguments of a call, or in its result: alone, in lists, dictionaries or slices."""
-    found: list[Tensor] = []
-    _collect(value, found, None)
+def parts_of(value: Any, kind: type[Any]) -> list[Any]:
+    """List what is of a kind in the arguments of a call, or in its result: alone, in lists, dictionaries or slices."""
+    found: list[Any] = []
+    _collect(value, kind, found, None)
     return found
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """List the tensors among the arguments of a call, or in its result."""
+    return parts_of(value, Tensor)
 
 
 def results_of(value: Any) -> list[Tensor]:
     """List the tensors in what a network returns, also those that objects hold."""
     found: list[Tensor] = []
-    _collect(value, found, set())
+    _collect(value, Tensor, found, set())
     return found
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Copy the arguments of a call with every part changed that is no list, dictionary or slice."""
+    if isinstance(value, (tuple, list)):
+        parts = [mapped(part, change) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    if isinstance(value, Mapping):
+        return {key: mapped(part, change) for key, part in value.items()}
+    if isinstance(value, slice):
+        return slice(*(mapped(part, change) for part in (value.start, value.stop, value.step)))
+    return change(value)
 
 
 def has_others(value: Any) -> bool:
@@ -82,23 +99,23 @@ def has_others(value: Any) -> bool:
 _ATOMS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 
 
-def _collect(value: Any, found: list[Tensor], seen: set[int] | None) -> None:
+def _collect(value: Any, kind: type[Any], found: list[Any], seen: set[int] | None) -> None:
     if type(value) in _ATOMS:  # of most arguments this is known fastest
         return
-    if isinstance(value, Tensor):
+    if isinstance(value, kind):
         found.append(value)
     elif isinstance(value, (tuple, list)):
         for part in value:
-            _collect(part, found, seen)
+            _collect(part, kind, found, seen)
     elif isinstance(value, Mapping):
         for part in value.values():
-            _collect(part, found, seen)
+            _collect(part, kind, found, seen)
     elif isinstance(value, slice):
-        _collect((value.start, value.stop, value.step), found, seen)
+        _collect((value.start, value.stop, value.step), kind, found, seen)
     elif seen is not None and isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        _collect(list(value), found, seen)
+        _collect(list(value), kind, found, seen)
     elif seen is not None and is_dataclass(value):
-        _collect([getattr(value, each.name) for each in fields(value)], found, seen)
+        _collect([getattr(value, each.name) for each in fields(value)], kind, found, seen)
     elif seen is not None and not isinstance(value, (type, nn.Module)) and id(value) not in seen:
         seen.add(id(value))
-        _collect(getattr(value, "__dict__", ()), found, seen)
+        _collect(getattr(value, "__dict__", ()), kind, found, seen)

@@ -57,7 +57,6 @@ _ALIASES = {
     "row_stack": "vstack",
     "mm": "matmul",
     "bmm": "matmul",
-    "type_conversion": "to",
 }
 # torch has two of these, whose arguments come in another order
 _NAMES: dict[Any, str] = {

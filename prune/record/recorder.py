@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from netslim.prune.record.calls import Call, Passage, Record, has_others, results_of, tensors_of
+from netslim.prune.record.calls import Call, Passage, Record, has_others, mapped, results_of, tensors_of
 from netslim.prune.record.functions import METADATA, is_inplace, name_of
 from netslim.prune.record.lines import line_of_traceback
 from netslim.prune.record.shapes import shaped
@@ -73,7 +73,7 @@ class Recorder(TorchFunctionMode):
             self._enter(value, "input", "")
         try:
             self.model.train(is_training)  # which the network may refuse, too
-            with self._watch or _NOTHING, self:
+            with self._watch or nullcontext(), self:
                 results = results_of(self.model(*args, **kwargs))
         except Exception as error:
             raise Failed(self._where(error), error) from error
@@ -94,11 +94,6 @@ class Recorder(TorchFunctionMode):
             self.has_strangers |= not name
             number = self._enter(value, kind, name)
         return number
-
-    @property
-    def home(self) -> str:
-        """The module whose forward is running."""
-        return self._homes[-1]
 
     def shares_memory(self, value: Tensor, number: int) -> list[int]:
         """Name the other values that lie in the memory of this one, which `number` is the newest state of."""
@@ -121,7 +116,7 @@ class Recorder(TorchFunctionMode):
                 return func(*args, **kwargs)
             inputs = tuple(map(self.number_of, tensors_of((args, kwargs))))
             # an observer's sizes are for the network's own code, not for torch's
-            some, others = (_plain(args), _plain(kwargs)) if self._has_sizes else (args, kwargs)
+            some, others = (mapped(args, _plain), mapped(kwargs, _plain)) if self._has_sizes else (args, kwargs)
             known = shaped(name, some, others, inplace=is_inplace(func) or kwargs.get("inplace", False))
             result = func(*some, **others) if known is None else known
             self._note(name, func, args, kwargs, inputs, result)
@@ -226,17 +221,8 @@ class Recorder(TorchFunctionMode):
 
 
 def _plain(value: Any) -> Any:
-    """Put plain numbers in place of an observer's."""
-    if isinstance(value, int):
-        return int.__int__(value) if type(value) not in (int, bool) else value
-    if isinstance(value, (tuple, list)):
-        parts = [_plain(part) for part in value]
-        return parts if isinstance(value, list) else tuple(parts)
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, slice):
-        return slice(*map(_plain, (value.start, value.stop, value.step)))
-    return value
+    """Put a plain number in place of an observer's."""
+    return int.__int__(value) if isinstance(value, int) and type(value) not in (int, bool) else value
 
 
 class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -253,17 +239,6 @@ class _Unseen(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **(kwargs or {}))
             self.recorder.unseen(func, args, kwargs or {}, result)
         return result
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_NOTHING = _Nothing()
 
 
 def _storage_of(value: Tensor) -> int:

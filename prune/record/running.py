@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from netslim.prune.record.calls import Record, tensors_of
+from netslim.prune.record.calls import Record, mapped, tensors_of
 from netslim.prune.record.copies import replica, weightless
 from netslim.prune.record.kept import untouched
 from netslim.prune.record.recorder import Failed, Recorder
@@ -44,16 +44,11 @@ def moved(example: Example, device: torch.device | str | None = None, dtype: tor
     """Copy an example to a device, its floating-point tensors to a type; what is no tensor stays."""
 
     def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
-        if isinstance(value, Mapping):
-            return {key: one(part) for key, part in value.items()}
-        if isinstance(value, (tuple, list)):
-            parts = [one(part) for part in value]
-            return parts if isinstance(value, list) else tuple(parts)
-        return value
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
 
-    made: Example = one(example)
+    made: Example = mapped(example, one)
     return made
 
 

@@ -42,14 +42,14 @@ def netslim(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def torch_pruning_(model: nn.Module, example: Tensor) -> nn.Module:
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     torch_pruning.pruner.BNScalePruner(
         model,
         example,
         importance=torch_pruning.importance.BNScaleImportance(),
         global_pruning=True,
         pruning_ratio=RATIO,
-        ignored_layers=[last],
+        ignored_layers=last,
     ).step()
     return model
 

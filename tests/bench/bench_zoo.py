@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from results import Cell, Results, new_parser
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the tests have the same networks
 
@@ -98,23 +97,16 @@ def measure(of: str, limit: float, with_peer: bool) -> Found:
 
 def peer(network: Network, found: Found) -> None:
     """Prune by Torch-Pruning, and see whether the network runs afterwards."""
-    import torch_pruning
+    from bench_prune import torch_pruning_  # here: the rest needs no Torch-Pruning
 
     model = network.build()
     example = network.example(model)
     with torch.no_grad():
         before = [output.shape for output in called(model, example)]
-    whole, linear = num_params(model), [module for module in model.modules() if isinstance(module, nn.Linear)]
+    whole = num_params(model)
     found["at"] = "prune"
     started = time.process_time()
-    torch_pruning.pruner.BNScalePruner(
-        model,
-        example,
-        importance=torch_pruning.importance.BNScaleImportance(),
-        global_pruning=True,
-        pruning_ratio=RATIO,
-        ignored_layers=linear[-1:],
-    ).step()
+    torch_pruning_(model, example)
     found["took"] = time.process_time() - started
     found["gone"] = 1 - num_params(model) / whole
     found["at"] = "forward"
