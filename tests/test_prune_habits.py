@@ -84,6 +84,13 @@ def _masked(x: Tensor) -> Tensor:
     return x
 
 
+def _attended(x: Tensor) -> Tensor:
+    """Let two halves of the channels compete, pair by pair, as in split attention and selective kernels."""
+    paths = x.view(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:])
+    shares = (paths.sum(1, keepdim=True) + paths).mean((3, 4), keepdim=True).softmax(1)
+    return (torch.stack([paths[:, 0], paths[:, 1]], 1) * shares).sum(1).repeat(1, 2, 1, 1)
+
+
 SHRINKING = {
     "halves": lambda x: torch.cat([x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1),
     "narrow": lambda x: torch.cat([x, x.narrow(1, 0, x.shape[1] // 2)], 1)[:, : x.shape[1]],
@@ -95,6 +102,11 @@ SHRINKING = {
     "put in": _put,
     "masked": _masked,
     "copied": lambda x: torch.empty_like(x).copy_(x),
+    "paths that compete": _attended,
+    "einsum of places": lambda x: torch.einsum("nchw, nchv -> nchwv", x, x.relu()).mean(4),
+    "einsum over channels": lambda x: x * torch.einsum("nchw,nchw->nhw", x, x.tanh())[:, None],
+    "einsum with a gate": lambda x: torch.einsum("nchw,nc->nchw", x, x.mean((2, 3)).sigmoid()),
+    "weights one by one": lambda x: sum(x * weight for weight in torch.ones(3, device=x.device).unbind()),
     "printed": lambda x: x * len(f"{x.dtype} {x.sum()}"[:1]),
 }
 
@@ -102,6 +114,18 @@ SHRINKING = {
 @pytest.mark.parametrize("name", SHRINKING)
 def test_what_shrinks_with_its_channels_is_followed(name):
     assert sum(free(Between(SHRINKING[name])).values()) >= 12
+
+
+def test_a_parameter_shrinks_with_the_channels_that_einsum_adds_up():
+    class Own(Between):
+        def __init__(self) -> None:
+            super().__init__(lambda x: x * torch.einsum("nchw,c->nhw", x, self.scale)[:, None])
+            self.scale = nn.Parameter(torch.rand(8))
+
+    model = Own()
+    assert free(model) == {"a.1": 8, "b.1": 6}
+    small, _ = slim(model, EXAMPLE, ratio=0.5)
+    assert len(small.scale) < 8
 
 
 def test_a_network_that_writes_into_its_gate_leaves_no_trace_in_the_map_of_the_next():

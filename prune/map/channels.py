@@ -188,7 +188,7 @@ def _follow(model: nn.Module, example: Example, *, watch: bool = False, hashes: 
     Raises: `Failed` where it does not run in eval mode.
     """
     seen: list[Course] = []
-    flow, has_strangers = Flow(model, hashes=hashes), False
+    flow = Flow(model, hashes=hashes)
     for some, is_training in ((example, False), (doubled(example), True)):
         for seed in range(_SEEDS):
             try:
@@ -202,11 +202,12 @@ def _follow(model: nn.Module, example: Example, *, watch: bool = False, hashes: 
                     raise  # with numbers it may run
                 flow.notes.append(f"training mode was not looked at: {said(failed, some)}")
                 break
+            if recorder.has_strangers and not watch:
+                return _follow(model, example, watch=True, hashes=hashes)
             seen.append(recorder.record.course)
-            has_strangers |= recorder.has_strangers
             if not is_random:
                 break
-    return _follow(model, example, watch=True, hashes=hashes) if has_strangers and not watch else flow
+    return flow
 
 
 _SEEDS = 4

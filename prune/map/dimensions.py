@@ -12,7 +12,7 @@ from torch import Tensor
 from netslim.prune.map.classes import CONSTANT, Classes, along, compact, line, varying
 from netslim.prune.map.counts import Count
 from netslim.prune.map.operations import LOCAL, Labelled, Step
-from netslim.prune.map.values import channelless, elementwise, no_channels, not_zero, raised, together
+from netslim.prune.map.values import channelless, elementwise, folded, no_channels, not_zero, raised, together
 from netslim.prune.record import parts_of
 
 
@@ -129,6 +129,8 @@ def reduced(classes: Classes, step: Step) -> Labelled:
     dims = range(labels.dim()) if dims is None else (dims,) if isinstance(dims, int) else dims or range(labels.dim())
     gone = {dim % labels.dim() for dim in dims}
     if gone & varying(labels):
+        labels = folded(classes, labels)
+    if gone & varying(labels):
         if name != "sum" or varying(labels) - gone:
             return None, f"'{name}' over channels"
         classes.read(compact(labels).flatten(), f"{name} at {step.place}")
@@ -148,9 +150,11 @@ def summed_up(classes: Classes, step: Step) -> Labelled:
 
 
 def softened(classes: Classes, step: Step) -> Labelled:
-    """Take labels through a softmax over a dimension that holds no channels."""
+    """Take labels through a softmax over a dimension that holds no channels, or only values of one channel."""
     given = step.given("input", "dim")
     labels, dim = given["input"], given.get("dim")
+    if dim is not None and dim % labels.dim() in varying(labels):
+        labels = folded(classes, labels)
     if dim is None or dim % labels.dim() in varying(labels):
         return None, f"'{step.name}' over channels"
     return raised(classes, labels, not_zero(step)), None
@@ -219,6 +223,28 @@ def product(classes: Classes, left: Tensor, right: Tensor, shape: torch.Size) ->
     if (rows and columns) or varying(other):
         return None, "'matmul' of values with channels in two dimensions"
     return source.narrow(dim, 0, 1).expand(shape), None
+
+
+def contracted(classes: Classes, step: Step) -> Labelled:
+    """Take labels through an einsum of two values: their product over all letters, of which some are added up."""
+    equation, *operands = step.args
+    if not isinstance(equation, str) or len(operands) != 2 or "." in equation:
+        return None, "'einsum' of other than two values, with a letter for each dimension"
+    sides, _, result = equation.replace(" ", "").partition("->")
+    letters = [*dict.fromkeys(result + sides.replace(",", ""))]
+    sizes, wide = dict.fromkeys(letters, 1), []
+    for side, labels in zip(sides.split(","), operands, strict=True):
+        if len(set(side)) < len(side) or "->" not in equation:
+            return None, "'einsum' over a diagonal, or with a result that is not written"
+        sizes |= {letter: max(sizes[letter], size) for letter, size in zip(side, labels.shape, strict=True)}
+        order = labels.permute([side.index(letter) for letter in letters if letter in side])
+        wide.append(order[tuple(slice(None) if letter in side else None for letter in letters)])
+    shape = torch.Size(sizes.values())
+    made, why = elementwise(classes, replace(step, name="mul", function=torch.mul, args=tuple(wide), shapes=[shape]))
+    gone = tuple(range(len(result), len(letters)))
+    if made is None or not gone:
+        return made, why
+    return reduced(classes, replace(step, name="sum", args=(made, gone), shapes=step.shapes))
 
 
 def attention(classes: Classes, step: Step) -> Labelled:

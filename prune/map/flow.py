@@ -248,5 +248,6 @@ _RULES |= {
     "normalize": dims.normalised,
     "instance_norm": dims.instance_normalised,
     "matmul": dims.matrix_product,
+    "einsum": dims.contracted,
     "scaled_dot_product_attention": dims.attention,
 }

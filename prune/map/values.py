@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from netslim.prune.map.classes import CONSTANT, Classes, Ints, compact, varying
+from netslim.prune.map.classes import CONSTANT, Classes, Ints, compact, tight, varying
 from netslim.prune.map.counts import Count
 from netslim.prune.map.operations import COPYING, RANDOM, Labelled, Step
 from netslim.prune.record import mapped, parts_of
@@ -35,6 +35,8 @@ def elementwise(classes: Classes, step: Step) -> Labelled:
         holding = [n for n, labels in enumerate(wide) if varying(labels)]
     if not holding:
         return channelless(operands, shape)
+    if any(varying(wide[n]) != varying(wide[holding[0]]) for n in holding):
+        wide = [folded(classes, labels) if n in holding else labels for n, labels in enumerate(wide)]
     deep = varying(wide[holding[0]])
     if any(varying(wide[n]) != deep for n in holding):
         return None, f"'{step.name}' of values with different channels"
@@ -72,6 +74,20 @@ def together(classes: Classes, parts: Sequence[Tensor], dim: int, shape: torch.S
     for each in lines:
         classes.join(each.flatten(), made)
     return made.view(lines[0].shape).expand(shape)
+
+
+def folded(classes: Classes, labels: Tensor) -> Tensor:
+    """Label anew what varies along a dimension in which all live or die together: there by one label."""
+    some = compact(labels)
+    gone = tuple(varying(some) - varying(tight(torch.from_numpy(classes.roots()[some.numpy()]))))
+    if not gone:
+        return labels
+    raw = classes.raw(some).max(gone, keepdims=True)
+    for dim in gone:
+        some = some.narrow(dim, 0, 1)
+    made = classes.fresh(some.numel(), raw.flatten()).view(some.shape)
+    classes.join(some, made)
+    return made.expand(labels.shape)
 
 
 def raised(classes: Classes, labels: Tensor, cause: str) -> Tensor:
