@@ -9,7 +9,7 @@ from netslim.data.batches import (
     open_loaders,
 )
 from netslim.data.sources import DataConfig, open_source
-from netslim.data.store import DataInfo, prepare
+from netslim.data.store import DataInfo, prepare, prepared
 
 __all__ = [
     "CalibrationLoader",
@@ -22,4 +22,5 @@ __all__ = [
     "open_loaders",
     "open_source",
     "prepare",
+    "prepared",
 ]

@@ -5,7 +5,19 @@ from netslim.prune.cut import carry, cut, embed, largest_difference, masked, nor
 from netslim.prune.map import ChannelMap, Coupling, map_channels
 from netslim.prune.repair import Calibration, Chunk, Repair, RepairConfig, absorb, chunk_size, repair
 from netslim.prune.scores import score_channels
-from netslim.prune.ship import Cost, Format, cost, export, folded, latency, load, load_plan, save
+from netslim.prune.ship import (
+    Cost,
+    Format,
+    Normalise,
+    cost,
+    export,
+    folded,
+    latency,
+    load,
+    load_origin,
+    load_plan,
+    save,
+)
 from netslim.prune.slimming import cautions, cut_proved, open_gammas, plan_network, slim
 
 __all__ = [
@@ -15,6 +27,7 @@ __all__ = [
     "Cost",
     "Coupling",
     "Format",
+    "Normalise",
     "Origin",
     "Plan",
     "Repair",
@@ -34,6 +47,7 @@ __all__ = [
     "largest_difference",
     "latency",
     "load",
+    "load_origin",
     "load_plan",
     "make_plan",
     "map_channels",

@@ -13,7 +13,7 @@ SUB_ROOMS = sorted(path.parent for path in FILES if path.name == "__init__.py" a
 PUBLIC = {
     "netslim.data": """
         CalibrationLoader DataConfig DataInfo Loaders Shard check_batch_size open_calibration
-        open_loaders open_source prepare
+        open_loaders open_source prepare prepared
     """,
     "netslim.train": """
         CheckpointConfig EngineConfig Evaluation FitConfig GammaPenalty LostRankError ModelConfig
@@ -22,9 +22,9 @@ PUBLIC = {
         make_optimizer model_names num_gpus soft_threshold_ travel weights_digest
     """,
     "netslim.prune": """
-        Calibration ChannelMap Chunk Cost Coupling Format Origin Plan Repair RepairConfig Rules
-        absorb carry choose_zeros chunk_size cost cut embed export folded largest_difference latency
-        load load_plan make_plan map_channels masked norm_of open_gammas plan_network prove repair
+        Calibration ChannelMap Chunk Cost Coupling Format Normalise Origin Plan Repair RepairConfig
+        Rules absorb carry choose_zeros chunk_size cost cut embed export folded largest_difference
+        latency load load_origin load_plan make_plan map_channels masked norm_of open_gammas plan_network prove repair
         save score_channels slim
     """,
     "netslim.train.models": """

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from netslim.data import DataConfig
+from netslim.data import DataConfig, DataInfo
 from netslim.launch.compare.choice import Candidate, Verdict, find_baseline, find_candidates, judge, notes, pareto
 from netslim.launch.compare.command import compare_runs, sort_rows
 from netslim.launch.compare.entries import Entry, Gathered, Sparse, Task, gather
@@ -23,12 +23,14 @@ from netslim.launch.mistakes import guarded
 from netslim.launch.run.directory import claim, write_json, write_stage
 from netslim.launch.run.results import write_results
 from netslim.launch.sweep.grid import Member, Sweep
-from netslim.prune import Plan, slim
+from netslim.prune import Origin, Plan, slim
 from netslim.train import ModelConfig, RecordConfig, SparsityConfig, build_model
 
 Run = Callable[..., Path]
 Compare = Callable[..., tuple[int, str, str]]
 MODEL = ModelConfig(name="vgg11", width=0.0625)
+ORIGIN = Origin(function="tests.nets:build", num_classes=10)
+IMAGES = DataInfo(None, "torch", tuple("0123456789"), 1, 1, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 16)
 SMALL = RunConfig(data=DataConfig(size=16), model=MODEL)
 # no path can hold a slash, and its last character is none of any encoding
 HOSTILE = "=1+1 \"quoted\" 'too' | <script>alert(1)<script> $(touch x) `x`\nsecond line \udcff"
@@ -99,7 +101,7 @@ def write(
     metrics = {"stage": stage, "ratio": ratio, "accuracy": accuracy, "params": size, "macs": 10 * size, "seconds": 1.5}
     if plan is not None and stage == "cut":
         metrics["threshold"] = plan.threshold
-    write_stage(directory, model, plan, config, metrics)
+    write_stage(directory, model, plan, ORIGIN, IMAGES, config, metrics)
     if stage in ("sparse", "finetuned") and accuracy is not None:
         lines = [json.dumps({"epoch": epoch, "accuracy": accuracy * epoch / 2}) for epoch in (1, 2)]
         (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,21 +1,25 @@
 """The command `netslim export`, on a run of a user's own network: what it writes and says, and how it refuses."""
 
 import importlib
+import json
 import os
 import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from whole_run import STAGES
 
+from netslim.data import DataConfig, open_source
 from netslim.launch.cli import dispatch
 from netslim.launch.mistakes import guarded
-from netslim.prune import load, load_plan
+from netslim.prune import latency, load, load_origin, load_plan
 
 NETS = """
 from torch import nn
@@ -34,6 +38,7 @@ Netslim = Callable[..., tuple[int, str, str]]
 def netslim(capfd: pytest.CaptureFixture[str], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Netslim:
     """Runs a command line in this process, where the user's network is; gives the exit code, stdout and stderr."""
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr("netslim.launch.export.latency", partial(latency, seconds=0.02))
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -89,9 +94,9 @@ def logits_of(path: Path, images: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_stage_of_a_users_network_loads_from_its_directory_alone(workplace: Path) -> None:
-    for stage in STAGES[1:]:
+    for stage in STAGES:
         directory = workplace / "runs" / "digits" / stage
-        assert load_plan(directory).origin.function == "exportnets.nets:build"
+        assert load_origin(directory).function == "exportnets.nets:build"
         assert logits_of(directory, torch.zeros(1, 3, 16, 16)).shape == (1, 10)
 
 
@@ -104,12 +109,14 @@ def test_the_fine_tuned_model_is_written_beside_its_weights(
     assert (code, error) == (0, "")
     path = run / "finetune-0.90" / name
     new = {f"finetune-0.90/{name}"}
-    inside = {f"finetune-0.90/export/{file}" for file in ("weights.safetensors", "plan.json")}
-    assert files(run) - before == new | (inside if format == "weights" else set())
+    inside = {f"finetune-0.90/export/{file}" for file in ("weights.safetensors", "plan.json", "about.json")}
+    assert files(run) - before == new | (inside if format == "weights" else {f"finetune-0.90/{name}.json"})
     images = torch.randn(3, 3, 16, 16)
     assert (logits_of(path, images) - logits_of(run / "finetune-0.90", images)).abs().max() <= 1e-4
-    first, head, original, slim = printed.splitlines()
+    first, takes, head, original, slim = printed.splitlines()
     assert first.startswith(f"{path}: within ")
+    assert takes.startswith("takes float32 images 3x16x16, in [0, 1] less mean (")
+    assert takes.endswith("; tells 10 classes apart")
     assert head.split()[:6] == ["network", "file_mb", "params", "macs", "cpu_1_ms", "cpu_64_ms"]
     costs = [[float(cell.replace(",", "")) for cell in line.split()[1:]] for line in (original, slim)]
     assert original.split()[0] == "original"
@@ -131,6 +138,81 @@ def test_a_model_that_is_not_fine_tuned_is_exported_as_pruned_and_the_output_may
     assert (logits_of(tmp_path / "small.pt2", images) - logits_of(run / "prune-0.50", images)).abs().max() <= 1e-4
 
 
+def test_the_sparse_model_is_exported_as_the_baseline_of_its_slim_ones(run: Path, netslim: Netslim) -> None:
+    code, printed, _ = netslim("export", run, "--ratio", "0", "--format", "onnx")
+    assert code == 0
+    path = run / "sparse" / "model.onnx"
+    assert printed.startswith(f"{path}, sparse and not fine-tuned: within ")
+    assert [line.split()[0] for line in printed.splitlines()[2:]] == ["network", "original"]
+    images = torch.randn(3, 3, 16, 16)
+    assert (logits_of(path, images) - logits_of(run / "sparse", images)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("form", "pixels"), [("onnx", "uint8"), ("pt2", "float32")])
+def test_a_file_that_normalises_inside_is_as_accurate_on_raw_pixels_as_the_run_was(
+    form: str, pixels: str, run: Path, netslim: Netslim, data_cache: Path
+) -> None:
+    code, printed, _ = netslim(
+        "export", run, "--ratio", "0.5", "--format", form, "--normalise", "inside", "--pixels", pixels
+    )
+    assert code == 0
+    assert f"takes {pixels} images 3x16x16, in [0, {255 if pixels == 'uint8' else 1}] as they are; less mean" in printed
+    path = run / "finetune-0.50" / f"model.{form}"
+    about = json.loads(Path(f"{path}.json").read_text())
+    assert about["classes"] == [str(digit) for digit in range(10)]
+    source = open_source(DataConfig(source="digits", size=16))
+    images, labels = zip(*(source.test[number] for number in range(len(source.test))), strict=True)
+    raw = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    logits = logits_of(path, raw if pixels == "uint8" else raw / 255)
+    accuracy = (logits.argmax(1) == torch.tensor(labels)).double().mean().item()
+    assert accuracy == pytest.approx(json.loads((run / "finetune-0.50" / "metrics.json").read_text())["accuracy"])
+
+
+def test_what_a_file_takes_and_tells_apart_is_in_its_metadata_and_beside_it(run: Path, netslim: Netslim) -> None:
+    for form in ("onnx", "pt2", "weights"):
+        assert netslim("export", run, "--ratio", "0.5", "--format", form)[0] == 0
+    stage, extra = run / "finetune-0.50", {"about.json": ""}
+    about = json.loads((stage / "export" / "about.json").read_text())
+    torch.export.load(stage / "model.pt2", extra_files=extra)
+    assert json.loads(extra["about.json"]) == about == json.loads((stage / "model.onnx.json").read_text())
+    held = onnxruntime.InferenceSession(stage / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(held["input"]) == about["input"]
+    assert about["input"]["mean"] == json.loads((run / "sparse" / "input.json").read_text())["mean"]
+    assert about["plan"] == load_plan(stage).digest
+
+
+def test_of_an_older_run_the_prepared_images_say_how_they_were_normalised(run: Path, netslim: Netslim) -> None:
+    known = json.loads((run / "finetune-0.50" / "input.json").read_text())
+    (run / "finetune-0.50" / "input.json").unlink()
+    assert netslim("export", run, "--ratio", "0.5", "--format", "weights")[0] == 0
+    about = json.loads((run / "finetune-0.50" / "export" / "about.json").read_text())
+    assert (about["input"]["mean"], about["classes"]) == (known["mean"], known["classes"])
+
+
+def test_a_run_that_nobody_knows_the_statistics_of_says_so_and_normalises_nothing_inside(
+    run: Path, netslim: Netslim
+) -> None:
+    for stage in (run / "prune-0.50", run / "prune-0.90"):
+        (stage / "input.json").unlink()
+    config = json.loads((run / "prune-0.50" / "config.json").read_text())
+    config["data"]["cache"] = str(run / "gone")
+    (run / "prune-0.50" / "config.json").write_text(json.dumps(config))
+    assert_refused(
+        netslim("export", run / "prune-0.50", "--format", "pt2", "--normalise", "inside"),
+        run,
+        files(run),
+        "mean and std",
+    )
+    _, printed, _ = netslim("export", run / "prune-0.50", "--format", "weights")
+    assert "does not say how its images were normalised" in printed
+
+
+def test_a_sparse_model_of_an_older_netslim_says_that_it_cannot_be_built_alone(run: Path, netslim: Netslim) -> None:
+    (run / "sparse" / "origin.json").unlink()
+    result = netslim("export", run / "sparse", "--format", "onnx")
+    assert_refused(result, run, files(run), "does not say how its network is built", "name one of the run's prune-")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -138,7 +220,9 @@ def test_a_model_that_is_not_fine_tuned_is_exported_as_pruned_and_the_output_may
         (["RUN", "--format", "onnx", "--ratio", "0.7"], ["no model of the ratio 0.7; it has 0.5, 0.9"]),
         (["RUN/prune-0.50", "--format", "onnx", "--ratio", "0.9"], ["no model of the ratio 0.9; it has 0.5"]),
         (["RUN/no", "--format", "onnx"], ["there is no run at", "name a run directory"]),
-        (["RUN/sparse", "--format", "onnx"], ["has no plan; name a run"]),
+        (["RUN/sparse", "--format", "onnx", "--ratio", "0.5"], ["no model of the ratio 0.5; it has 0.0"]),
+        (["RUN/sparse", "--format", "onnx", "--pixels", "uint8"], ["--pixels uint8 needs --normalise inside"]),
+        (["RUN/sparse", "--format", "weights", "--normalise", "inside"], ["--normalise inside is for onnx and pt2"]),
         (["RUN/unfinished", "--format", "pt2"], ["no finished slim model; run `netslim run digits --run-dir"]),
         (["RUN", "--format", "tflite"], ["'tflite'", "'onnx', 'pt2', 'weights'"]),
         (["RUN"], ["--format"]),

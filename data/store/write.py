@@ -8,6 +8,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from errno import EEXIST, ENOSPC, ENOTEMPTY
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
     """
     loader = choose_loader(config)
     source = open_source(config)
-    directory = config.cache / f"{config.source}-{_key(config, source, loader)}"
+    directory = _directory(config, source, loader)
     if not directory.is_dir():
         with _explained(config.cache):
             config.cache.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,20 @@ def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
                         _sweep(directory)
                     _write(directory, source, config, loader, quiet)
     return verify(directory) if check else read_info(directory)[0]
+
+
+def prepared(config: DataConfig) -> DataInfo | None:
+    """What is known of the data that `config` names, where it was written before; None where it was not."""
+    try:
+        source = open_source(replace(config, download=False))
+        directory = _directory(config, source, choose_loader(config))
+        return read_info(directory)[0] if directory.is_dir() else None
+    except (ValueError, OSError):  # the images may be gone
+        return None
+
+
+def _directory(config: DataConfig, source: Source, loader: LoaderName) -> Path:
+    return config.cache / f"{config.source}-{_key(config, source, loader)}"
 
 
 def choose_loader(config: DataConfig) -> LoaderName:

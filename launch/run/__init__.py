@@ -6,6 +6,7 @@ shares with others (the job), and how it is evaluated, recorded and written, is 
 
 from netslim.launch.run.directory import (
     FAILED_MARK,
+    INPUT,
     METRICS,
     PREEMPTED_MARK,
     STOP_MARK,
@@ -39,6 +40,7 @@ from netslim.launch.run.starting import check_network, enter, start, work_each
 __all__ = [
     "COMMANDS",
     "FAILED_MARK",
+    "INPUT",
     "METRICS",
     "PREEMPTED_MARK",
     "SPARSE",

@@ -9,13 +9,16 @@ from typing import Any
 from torch import nn
 
 from netslim.base import exclusive, replace_all
+from netslim.data import DataInfo
 from netslim.launch.config import RunConfig, differences, to_dict
 from netslim.launch.reading import from_dict
 from netslim.launch.run.stage import SPARSE
 from netslim.launch.tables import printable
-from netslim.prune import Plan, load, save
+from netslim.prune import Origin, Plan, load, save
 
 METRICS = "metrics.json"
+INPUT = "input.json"
+"""Of a stage: what its network takes and tells apart, the images' size and statistics, and the names of the classes."""
 PREEMPTED_MARK = "preempted"
 """In a run's directory: a signal stopped it after a checkpoint. Exit codes do not pass through every launcher."""
 STOP_MARK = "stop"
@@ -38,11 +41,19 @@ def is_complete(directory: Path) -> bool:
 
 
 def write_stage(
-    directory: Path, model: nn.Module, plan: Plan | None, config: RunConfig, metrics: dict[str, Any]
+    directory: Path,
+    model: nn.Module,
+    plan: Plan | None,
+    origin: Origin,
+    images: DataInfo,
+    config: RunConfig,
+    metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """Leave what a finished stage gives; returns the metrics with ``file_mb``, the weights' size in 10^6 bytes."""
     directory.mkdir(parents=True, exist_ok=True)
-    save(model, plan, directory)
+    save(model, plan, directory, None if plan else origin)  # which a plan has
+    about = {"classes": images.classes, "size": images.size, "mean": images.mean, "std": images.std}
+    write_json(directory / INPUT, about)
     write_json(directory / "config.json", to_dict(config))
     size = (directory / "weights.safetensors").stat().st_size
     metrics = {**metrics, "file_mb": size / 1e6}

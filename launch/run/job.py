@@ -13,8 +13,9 @@ from netslim.data import Loaders, Shard, open_calibration
 from netslim.launch.config import RunConfig
 from netslim.launch.run.directory import read_stage
 from netslim.launch.run.stage import Stage
-from netslim.prune import Calibration, ChannelMap, Chunk, Plan, chunk_size, embed, load_plan, score_channels
+from netslim.prune import Calibration, ChannelMap, Chunk, Origin, Plan, chunk_size, embed, load_plan, score_channels
 from netslim.train import Runtime, build_model
+from netslim.train.models import build_network, is_own
 from netslim.train.record import Leg, Pace
 
 T = TypeVar("T")
@@ -44,6 +45,15 @@ class Job:
         """The same without weights of a file, which may be gone: for those of a stage to be loaded over it."""
         model = build_model(self.config.model.anew, len(self.loaders.info.classes), self.config.seed)
         return model.to(self.run.device)
+
+    @property
+    def origin(self) -> Origin:
+        """How the network before it is slimmed can be built again, from the artefact alone."""
+        model, num_classes = self.config.model, len(self.loaders.info.classes)
+        if is_own(model.name):
+            return Origin(function=model.name, num_classes=num_classes)
+        function = f"{build_network.__module__}:{build_network.__name__}"
+        return Origin(function=function, name=model.name, width=model.width, num_classes=num_classes)
 
     @property
     def blank_image(self) -> torch.Tensor:

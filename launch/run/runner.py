@@ -139,7 +139,8 @@ def _write(
         price = cost(model, job.blank_image)
         spent = {"seconds": time.perf_counter() - started, **latencies(model, job.blank_image)}
         costs = {"params": price.params, "macs": price.macs, **spent}
-        complete = write_stage(job.path(stage), model, plan, job.config, {**metrics, **costs})
+        about = (job.origin, job.loaders.info, job.config)
+        complete = write_stage(job.path(stage), model, plan, *about, {**metrics, **costs})
         write_results(
             job.directory,
             preset=job.preset,

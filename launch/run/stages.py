@@ -9,9 +9,8 @@ from netslim.launch.run.job import Job
 from netslim.launch.run.runner import Made, Training
 from netslim.launch.run.stage import Kind, Pass, Stage
 from netslim.launch.run.summary import channel_rows, picture_cut
-from netslim.prune import Origin, Plan, cautions, cut, cut_proved, map_channels, open_gammas, repair
-from netslim.train import ModelConfig
-from netslim.train.models import build_network, initialise, is_own
+from netslim.prune import Plan, cautions, cut, cut_proved, map_channels, open_gammas, repair
+from netslim.train.models import initialise
 
 
 def sparsify(job: Job, stage: Stage) -> Made:
@@ -54,7 +53,7 @@ def prune(job: Job, stage: Stage) -> Made:
     def decide() -> tuple[str, float, tuple[str, ...]]:
         images = job.test_images(16)
         made = cut_proved(sparse, channels, images, ratio, config.prune.rules, scores)
-        plan = replace(made.plan, origin=_origin(config.model, len(job.loaders.info.classes)))
+        plan = replace(made.plan, origin=job.origin)
         return plan.to_json(), made.difference, made.notes
 
     text, difference, notes = run.on_main(decide)
@@ -116,11 +115,3 @@ def finetune(job: Job, stage: Stage) -> Made:
     if stage.kind is Kind.SCRATCH:
         initialise(small, job.config.model, job.config.seed)
     return Made(model=small, plan=plan, training=Training(config=job.config.finetune))
-
-
-def _origin(config: ModelConfig, num_classes: int) -> Origin:
-    """What the plan says about how to build the network again."""
-    if is_own(config.name):
-        return Origin(function=config.name, num_classes=num_classes)
-    function = f"{build_network.__module__}:{build_network.__name__}"
-    return Origin(function=function, name=config.name, width=config.width, num_classes=num_classes)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from netslim.base import said, split_function
+from netslim.base import complaint, said, split_function
 
 TRUSTED = ("netslim", "torchvision.models")
 """Packages whose functions may be given more than a number of classes."""
@@ -55,6 +56,18 @@ class Origin:
         if not isinstance(model, nn.Module):
             raise ValueError(f"{self.function} returned {type(model).__name__}, not a torch.nn.Module")
         return model
+
+    def to_json(self) -> str:
+        """Write it as JSON."""
+        return json.dumps({"function": self.function, **self._arguments}, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Origin:
+        """Read what `to_json` wrote; ValueError, in one line, on any fault."""
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            raise ValueError(f"not an origin: {complaint(error)}") from None
 
     @property
     def _arguments(self) -> dict[str, Any]:

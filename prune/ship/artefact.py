@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -18,22 +18,21 @@ from netslim.base import misfits, replace_all
 from netslim.prune.choose import Origin, Plan
 from netslim.prune.cut import cut
 
-WEIGHTS, PLAN = "weights.safetensors", "plan.json"
-_LARGEST_PLAN = 1 << 24  # bytes; the plan of a DenseNet-201 has 0.7 million
+WEIGHTS, PLAN, ORIGIN = "weights.safetensors", "plan.json", "origin.json"
+_LARGEST = 1 << 24  # bytes; the plan of a DenseNet-201 has 0.7 million
+T = TypeVar("T")
 
 
 def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str], origin: Origin | None = None) -> None:
     """Write the network's parameters and buffers, and its plan if it has one, into a directory.
 
-    Both files are written beside the old ones first and then put in their place, so a full disk leaves the old ones
+    The files are written beside the old ones first and then put in their place, so a full disk leaves the old ones
     whole. The weights name the plan's digest: `load` refuses files of two different saves. With an origin, which is
-    kept in the plan, `load` needs nothing but the directory.
+    kept in the plan, or in a file of its own for a network that is whole, `load` needs nothing but the directory.
 
-    Raises: ValueError for an origin without a plan; OSError if the files cannot be written.
+    Raises: OSError if the files cannot be written.
     """
-    if origin is not None:
-        if plan is None:
-            raise ValueError("an origin is kept in a plan, and there is none; load needs build=... for this network")
+    if plan is not None and origin is not None:
         plan = replace(plan, origin=origin)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -42,19 +41,21 @@ def save(model: nn.Module, plan: Plan | None, directory: str | os.PathLike[str],
     contents = {WEIGHTS: safetensors.torch.save(_tensors(model), metadata)}
     if plan is not None:
         contents[PLAN] = plan.to_json().encode()
+    elif origin is not None:
+        contents[ORIGIN] = origin.to_json().encode()
     replace_all(directory, contents)
-    if plan is None:
-        (directory / PLAN).unlink(missing_ok=True)
+    for name in {PLAN, ORIGIN} - contents.keys():
+        (directory / name).unlink(missing_ok=True)
 
 
 def load(directory: str | os.PathLike[str], build: Callable[[], nn.Module] | None = None) -> nn.Module:
     """Build the original network, cut it by the plan beside the weights, if there is one, and load the weights.
 
-    Without `build` the network is built as the plan's origin says; see `Origin` for what a plan may call. Device, dtype
-    and memory format are those of the built network. Nothing is ever unpickled.
+    Without `build` the network is built as the origin beside the weights says; see `Origin` for what that may call.
+    Device, dtype and memory format are those of the built network. Nothing is ever unpickled.
 
     Raises: FileNotFoundError without weights; ValueError if a file is damaged, or is not of the network that was built,
-    or if neither `build` nor the plan says how to build one.
+    or if neither `build` nor an origin says how to build one.
     """
     path = Path(directory) / WEIGHTS
     if not path.is_file():
@@ -63,7 +64,12 @@ def load(directory: str | os.PathLike[str], build: Callable[[], nn.Module] | Non
     tensors, about = _read(path)
     if about and about.get("plan") != (None if plan is None else plan.digest):
         raise ValueError(f"{path} and its {PLAN} are not of one save; save again")
-    model = build() if build is not None else _origin(directory, plan).build()
+    if build is None:
+        origin = load_origin(directory)
+        if origin is None:
+            raise ValueError(f"nothing in {directory} says how its network is built; load it with build=...")
+        build = origin.build
+    model = build()
     if plan is not None:
         model = cut(model, plan)
     _check_keys(path, model.state_dict(), tensors)
@@ -73,21 +79,24 @@ def load(directory: str | os.PathLike[str], build: Callable[[], nn.Module] | Non
 
 def load_plan(directory: str | os.PathLike[str]) -> Plan | None:
     """Read the plan in a directory; None if there is none, ValueError naming the file if it is damaged."""
-    path = Path(directory) / PLAN
+    return _parsed(Path(directory) / PLAN, Plan.from_json)
+
+
+def load_origin(directory: str | os.PathLike[str]) -> Origin | None:
+    """Read how the network in a directory is built; None if nothing says so, ValueError naming the file at fault."""
+    plan = load_plan(directory)
+    return plan.origin if plan is not None else _parsed(Path(directory) / ORIGIN, Origin.from_json)
+
+
+def _parsed(path: Path, parse: Callable[[str], T]) -> T | None:
     try:
-        if path.stat().st_size > _LARGEST_PLAN or not path.is_file():  # a pipe or a device might never end
-            raise ValueError("not a plan: it is too large, or no file")
-        return Plan.from_json(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _LARGEST or not path.is_file():  # a pipe or a device might never end
+            raise ValueError("it is too large, or no file")
+        return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _origin(directory: str | os.PathLike[str], plan: Plan | None) -> Origin:
-    if plan is None or plan.origin is None:
-        raise ValueError(f"nothing in {directory} says how its network is built; load it with build=...")
-    return plan.origin
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from netslim.base import replace_all
-from netslim.prune.choose import Plan
+from netslim.prune.choose import Origin, Plan
 from netslim.prune.cut import relative_difference
 from netslim.prune.record import replica, tensors_of, untouched
 from netslim.prune.ship.artefact import load, save
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Format = Literal["onnx", "pt2", "weights"]
 """onnx: one file for any runtime of that format; pt2: for torch.export.load; weights: a directory for `load`."""
 
+ABOUT = "about.json"
+"""What a user should know of exported weights, and of a pt2 file in that."""
 TOLERANCE = 1e-4
 """Largest accepted difference between an exported network and torch, relative to max(1, largest |logit|)."""
 
@@ -36,33 +39,49 @@ _LARGEST = 2**31 - 1  # bytes, what protobuf can hold in one message
 
 
 def export(
-    model: nn.Module, example: Tensor, path: str | os.PathLike[str], format: Format, plan: Plan | None = None
+    model: nn.Module,
+    example: Tensor,
+    path: str | os.PathLike[str],
+    format: Format,
+    plan: Plan | None = None,
+    *,
+    origin: Origin | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> float:
     """Write a network as one file that runs without this library, or as a directory for `load`; the model is unchanged.
 
     ONNX and pt2 files take batches of any size, in eval mode, and have every BatchNorm folded into the layer before it
     where that can be; pt2 runs on the CPU. "weights" makes a directory that `load` accepts alone, so the plan needs an
-    origin. What was made is run at two batch sizes and compared with torch before anything is put at the path.
+    origin, and a network that is whole one without a plan. What was made is run at two batch sizes and compared with
+    torch before anything is put at the path.
 
-    Args: example (n, 3, height, width), float32; images, or noise: of zeros, the comparison proves little.
+    Args: example (n, 3, height, width), float32, or uint8 for a network that takes bytes, as `Normalise` can; images,
+    or noise: of zeros, the comparison proves little. About: what a user of the file should know, as class names and
+    normalisation, values for JSON; it goes into the file's metadata and into a JSON file beside it, PATH.json, or for
+    "weights" into about.json.
     Returns: the largest difference from torch, relative to max(1, largest |logit|).
     Raises: ValueError for a wrong argument, a missing package or a network that cannot be exported, OSError if the path
     cannot be written, RuntimeError if what was exported differs from torch by more than 1e-4; then nothing is left.
     """
     path = Path(path)
-    _check(model, example, path, format, plan)
+    origin = origin or (None if plan is None else plan.origin)
+    _check(model, example, path, format, origin)
+    note = None if about is None else json.dumps(about, indent=2, ensure_ascii=False)
     if format == "weights":
-        assert plan is not None, "checked before"
-        return _export_weights(model, plan, _batches(example), path)
+        difference = _export_weights(model, plan, origin, _batches(example), path)
+        if note is not None:
+            replace_all(path, {ABOUT: note.encode()})
+        return difference
     twin, batches = _not_in_place(replica(model, {}).cpu().eval()), _batches(example.detach().cpu())
     program = _program(folded(twin, batches[0]), batches[0])
-    content, run = (_to_onnx if format == "onnx" else _to_pt2)(program, batches[0])
+    content, run = (_to_onnx if format == "onnx" else _to_pt2)(program, batches[0], note)
     difference = _compare(run, twin, batches)
-    replace_all(path.parent, {path.name: content})
+    beside = {} if note is None else {f"{path.name}.json": note.encode()}
+    replace_all(path.parent, {path.name: content, **beside})
     return difference
 
 
-def _check(model: nn.Module, example: Tensor, path: Path, format: str, plan: Plan | None) -> None:
+def _check(model: nn.Module, example: Tensor, path: Path, format: str, origin: Origin | None) -> None:
     """Refuse what cannot work, before any work."""
     if format not in get_args(Format):
         raise ValueError(f"there is no export format {format!r}; the formats are {', '.join(get_args(Format))}")
@@ -72,9 +91,9 @@ def _check(model: nn.Module, example: Tensor, path: Path, format: str, plan: Pla
     if example.dim() < 2 or not example.numel():
         raise ValueError(f"an example of shape {tuple(example.shape)} is no batch of images (n, 3, height, width)")
     if format == "weights":
-        if plan is None or plan.origin is None:
-            raise ValueError("stand-alone weights need a plan that says how its network is built: Plan.origin")
-    elif example.dtype != torch.float32:
+        if origin is None:
+            raise ValueError("stand-alone weights need an origin that says how their network is built: Plan.origin")
+    elif example.dtype not in (torch.float32, torch.uint8):
         raise ValueError(f"{format} files are made of float32 networks, the example is {example.dtype}; use .float()")
     size = sum(t.nbytes for t in model.state_dict().values() if isinstance(t, Tensor))
     if format == "onnx" and size >= _LARGEST:
@@ -132,15 +151,15 @@ def _any_batch() -> tuple[dict[int, Any]]:
     return ({0: Dim("batch")},)
 
 
-def _to_pt2(program: ExportedProgram, images: Tensor) -> tuple[bytes, Run]:
+def _to_pt2(program: ExportedProgram, images: Tensor, note: str | None) -> tuple[bytes, Run]:
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files=None if note is None else {ABOUT: note})
     content = file.getvalue()
     module = torch.export.load(io.BytesIO(content)).module()
     return content, lambda batch: tensors_of(module(batch))
 
 
-def _to_onnx(program: ExportedProgram, images: Tensor) -> tuple[bytes, Run]:
+def _to_onnx(program: ExportedProgram, images: Tensor, note: str | None) -> tuple[bytes, Run]:
     import onnxruntime
 
     names = ["logits"] if len(program.graph_signature.user_outputs) == 1 else None
@@ -150,7 +169,10 @@ def _to_onnx(program: ExportedProgram, images: Tensor) -> tuple[bytes, Run]:
     except Exception as error:  # many kinds, of two packages
         raise ValueError(f"torch.onnx cannot export the network: {_first_line(error)}; use pt2") from error
     assert made is not None, "so it is with dynamo"
-    content = _stripped(made.model_proto)
+    model = made.model_proto
+    for key, value in json.loads(note or "{}").items():
+        model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    content = _stripped(model)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda batch: [torch.from_numpy(t) for t in session.run(None, {"images": batch.numpy()})]
 
@@ -164,12 +186,14 @@ def _stripped(model: Any) -> bytes:
     return content
 
 
-def _export_weights(model: nn.Module, plan: Plan, batches: Sequence[Tensor], path: Path) -> float:
+def _export_weights(
+    model: nn.Module, plan: Plan | None, origin: Origin | None, batches: Sequence[Tensor], path: Path
+) -> float:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as draft:
-        save(model, plan, draft)
+        save(model, plan, draft, origin)
         again = load(draft).to(batches[0].device, batches[0].dtype).eval()
     difference = _compare(lambda batch: tensors_of(again(batch)), replica(model, {}).eval(), batches)
-    save(model, plan, path)
+    save(model, plan, path, origin)
     return difference
 
 
