@@ -60,7 +60,7 @@ def _draw_ratios(axes: Axes, found: dict[str, Any], best: float | None) -> None:
     axes.axhline(100 * found["accuracy"], color=_SPARSE, linestyle=":", label="sparse model")
     for row in rows:
         if best is not None and row["ratio"] == best:
-            label = f"largest within the loss: {row['macs'] / found['macs']:.0%} of the MACs"
+            label = f"{best:g}, the largest within the loss: {row['macs'] / found['macs']:.0%} of the MACs"
             axes.axvline(best, color=_REPAIRED, linestyle="--", linewidth=1, label=label)
     axes.set(xlabel="ratio of channels removed", ylabel="accuracy, %", title="Accuracy right after pruning")
     axes.set_ylim(0, 100)

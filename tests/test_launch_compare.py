@@ -99,6 +99,7 @@ def write(
 ) -> None:
     stage, ratio, accuracy = row
     metrics = {"stage": stage, "ratio": ratio, "accuracy": accuracy, "params": size, "macs": 10 * size, "seconds": 1.5}
+    metrics["latency_ms_1"] = size / 1000
     if plan is not None and stage == "cut":
         metrics["threshold"] = plan.threshold
     write_stage(directory, model, plan, ORIGIN, IMAGES, config, metrics)
@@ -220,6 +221,22 @@ def test_where_none_is_within_the_loss_the_nearest_is_named() -> None:
     assert verdict.chosen is None
     assert verdict.sentence.startswith("None is the smallest fine-tuned network")
     assert "The nearest: near at ratio 0.3" in verdict.sentence
+
+
+def test_a_baseline_below_the_best_network_is_no_measure_of_what_may_be_lost() -> None:
+    entries = [
+        entry("worst", ratio=0.9, accuracy=0.8282, params=100),
+        entry("best", ratio=0.5, accuracy=0.9944, params=500),
+    ]
+    for baseline in (sparse(0.5099, weight=1e-3), sparse(0.5099)):
+        verdict = decide(entries, [baseline])
+        assert chosen(verdict).typical.run == "best"
+        assert verdict.reference == 0.9944
+        assert "within 1 point of the best one (99.44 %; the baseline (50.99 %" in verdict.sentence
+        assert "lies below it)" in verdict.sentence
+    # what was trained without a penalty stays the measure where it is no more than that below
+    verdict = decide([entry("a", accuracy=0.955), entry("b", ratio=0.9, accuracy=0.942, params=1)], [sparse(0.95)])
+    assert chosen(verdict).typical.run == "b"
 
 
 def test_seeds_are_one_candidate_by_their_mean_and_a_typical_one_is_named() -> None:

@@ -121,6 +121,21 @@ def test_what_a_mark_says_is_said_where_it_is_drawn(page: Path) -> None:
                 assert min(abs(x - left) + abs(y - top) for left, top in drawn) < 0.2, (name, label)
 
 
+def test_the_stages_of_each_network_and_its_milliseconds_are_drawn(page: Path) -> None:
+    marks = marks_of(page)
+    (stages,) = (each for name, each in marks.items() if name.endswith("-stages"))
+    lines = [[text.partition("\n")[0] for _, _, text in points] for name, points in stages if name == "penalised"]
+    start = ["sparse: 95.00 %", "cut: 10.00 %", "repaired: 50.00 %"]
+    assert lines == [[*start, "fine-tuned: 94.70 %"], [*start, "fine-tuned: 92.00 %"]]
+    (latencies,) = (each for name, each in marks.items() if name.endswith("-latency"))
+    places = [points[0][0] for name, points in latencies if name == "penalised"]
+    assert places[0] > places[1]  # the smaller network takes less time
+    text = page.read_text()
+    assert "accuracy, % (stretched towards 100)" in text
+    assert "solid: ratio 0.3, dashed: ratio 0.5, dotted: ratio 0.8" in text
+    assert ">features.1</text>" in text  # a layer's name under its bar
+
+
 def test_gammas_are_of_every_batchnorm_and_epochs_those_that_are_written_in_full(make_run: Run) -> None:
     sparse = make_run("one") / "sparse"
     gammas = read_gammas(sparse / "weights.safetensors")

@@ -18,6 +18,9 @@ INK, MUTED, LINE, PAPER, BAR = "#1b2027", "#5b6572", "#d8dce1", "#fdfdfc", "#c3c
 SERIES = ("#55606e", "#0072b2", "#d55e00", "#00855f", "#a64d8f", "#97700b", "#2f8fc4", "#8a3b1e")
 """Of the lambdas in their order, told apart also by the colour-blind (after Okabe and Ito), and by markers too."""
 MARKERS = ("o", "s", "^", "D", "v")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+"""Of the ratios in their order."""
+DASH_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
 SIZE = (5.0, 3.6)  # inches of 72 units: as wide as a phone shows it at its text's own size
 STYLE: Any = {
     "font.size": 10.5,
@@ -98,10 +101,11 @@ def color_of(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
-def stretch_accuracy(axes: Axes, low: float, high: float) -> None:
-    """Stretch an axis of accuracies in percent towards 100, where the best would lie together on a straight one."""
+def label_accuracy(axes: Axes, low: float, high: float) -> None:
+    """Label an axis of accuracies in percent, and stretch it towards 100 where the best would lie together else."""
     if high - low < 100 * _WIDE:
         axes.margins(y=0.12)
+        axes.set_ylabel("accuracy, %")
         return
 
     def forward(value: np.ndarray) -> np.ndarray:
@@ -111,6 +115,7 @@ def stretch_accuracy(axes: Axes, low: float, high: float) -> None:
     axes.set_ylim(max(0.0, low - 4), 100.3)
     axes.set_yticks([tick for tick in _TICKS if tick >= low - 4])
     axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("accuracy, % (stretched towards 100)")
 
 
 def scale_log(axes: Axes, name: Literal["x", "y"]) -> None:

@@ -52,6 +52,8 @@ class Drawn:
     """|gamma| of every BatchNorm of the sparse models, all seeds together, by lambda."""
     thresholds: list[tuple[Entry, float]]
     """Of |gamma|: no greater ones were kept."""
+    latencies: list[tuple[Entry, float]]
+    """Milliseconds for one image, as the run measured them on its own device."""
     cuts: list[Cut]
     troubles: list[str]
     """A line each: what is damaged, and so left out."""
@@ -87,6 +89,7 @@ def read_drawn(verdict: Verdict, found: Gathered) -> Drawn:
         finetune=[Curve(entry, *curve) for entry, curve in read_each(_finetuning, entries)],
         gammas={weight: np.concatenate(gammas[weight]) for weight in sorted(gammas)},
         thresholds=read_each(_threshold, entries),
+        latencies=read_each(_latency, entries),
         cuts=[Cut(*each) for each in read_each(_layers, entries)],
         troubles=troubles,
     )
@@ -139,6 +142,14 @@ def _threshold(entry: Entry) -> float | None:
     if threshold is not None and not isinstance(threshold, float | int):
         raise ValueError(f"{path} is damaged (threshold is {threshold!r}); it is left out")
     return threshold
+
+
+def _latency(entry: Entry) -> float | None:
+    path = entry.stage(Kind.FINETUNED) / METRICS
+    found = read_json(path).get("latency_ms_1") if path.is_file() else None
+    if found is not None and not (isinstance(found, float | int) and found > 0):
+        raise ValueError(f"{path} is damaged (latency_ms_1 is {found!r}); it is left out")
+    return found
 
 
 def _layers(entry: Entry) -> tuple[tuple[str, int, int], ...] | None:

@@ -3,70 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from netslim.launch.compare.charts import (
     BAR,
     INK,
-    MARKERS,
     MUTED,
     PAPER,
-    SIZE,
     STYLE,
     Chart,
-    color_of,
     scale_log,
-    stretch_accuracy,
 )
-from netslim.launch.compare.choice import Candidate, Verdict, pareto, percent
+from netslim.launch.compare.choice import Candidate, pareto, percent
 from netslim.launch.compare.curves import Curve, Cut, Drawn
 from netslim.launch.compare.entries import Entry
+from netslim.launch.compare.pen import Pen
+from netslim.launch.run import StageName
 from netslim.launch.tables import printable
 
 _BINS = 60
 _MOST_CUTS = 9
+_MOST_NAMES = 24
+"""Layers that are named on an axis."""
+_LONGEST_NAME = 16
+_STAGES: dict[StageName, str] = {"sparse": "sparse", "cut": "cut", "repaired": "repaired", "finetuned": "fine-tuned"}
 
 
 def draw_charts(drawn: Drawn, weights: Sequence[float], prefix: str) -> list[Chart]:
     """All figures of one data set and network; ``weights`` are the lambdas of the whole page, in their order."""
     with matplotlib.rc_context(STYLE):
-        pen = _Pen(drawn, {weight: index for index, weight in enumerate(weights)}, prefix)
-        charts = [*pen.accuracies(), *pen.epochs(), *pen.densities(), *pen.layers()]
+        pen = _Figures(drawn, {weight: index for index, weight in enumerate(weights)}, prefix)
+        charts = [*pen.accuracies(), *pen.stages(), *pen.epochs(), *pen.densities(), *pen.layers()]
         for chart in charts:
             chart.settle()
         return charts
 
 
-class _Pen:
-    def __init__(self, drawn: Drawn, order: dict[float, int], prefix: str) -> None:
-        self.drawn = drawn
-        self.verdict: Verdict = drawn.verdict
-        self.order = order
-        self.prefix = prefix
-
-    def chart(self, name: str, title: str, note: str) -> Chart:
-        figure = Figure(figsize=SIZE, dpi=72, layout="constrained")
-        axes = figure.subplots()
-        axes.grid(True)
-        return Chart(f"{self.prefix}{name}", title, note, figure, axes)
-
-    def color(self, weight: float | None) -> str:
-        return color_of(self.order[weight or 0.0])
-
-    def marker(self, weight: float | None) -> str:
-        return MARKERS[self.order[weight or 0.0] % len(MARKERS)]
-
+class _Figures(Pen):
     def accuracies(self) -> list[Chart]:
         kinds: list[tuple[str, str, Callable[[Entry], float | None]]] = [
             ("params", "parameters", lambda entry: entry.params),
             ("macs", "multiply-accumulates", lambda entry: entry.macs),
             ("ratio", "ratio removed", lambda entry: entry.ratio),
+            ("latency", "ms for one image", self.latency),
         ]
         return [chart for kind in kinds for chart in self.accuracy(*kind)]
+
+    def latency(self, entry: Entry) -> float | None:
+        return next((latency for each, latency in self.drawn.latencies if each is entry), None)
 
     def accuracy(self, key: str, name: str, value: Callable[[Entry], float | None]) -> list[Chart]:
         """Fine-tuned accuracy against one size: single runs, their means, the front, the baseline, the choice."""
@@ -83,8 +71,9 @@ class _Pen:
             self.draw_candidate(chart, candidate, size, value)
         sign = -1 if key == "ratio" else 1
         front = pareto([(sign * size, candidate.accuracy) for candidate, size in candidates])
-        xs, ys = zip(*sorted((candidates[i][1], 100 * candidates[i][0].accuracy) for i in front), strict=True)
-        axes.plot(xs, ys, color=MUTED, linewidth=1.1, zorder=2, drawstyle=f"steps-{'pre' if sign < 0 else 'post'}")
+        for i, following in zip(front, [*front[1:], front[-1]], strict=True):  # what is had from here on
+            ends = candidates[i][1], candidates[following][1]
+            axes.hlines(100 * candidates[i][0].accuracy, min(ends), max(ends), color=MUTED, linewidth=1.1, zorder=2)
         self.draw_whole(chart, key)
         if key != "ratio":
             scale_log(axes, "x")
@@ -125,16 +114,30 @@ class _Pen:
             chart.axes.plot([size], [y], "o", markersize=6, markerfacecolor=PAPER, markeredgecolor=INK, zorder=4)
             chart.marks.append(("not slimmed", [(size, y, str(baseline))]))
 
-    def scale_accuracy(self, chart: Chart, accuracies: Sequence[float]) -> None:
-        """Draw the baseline and what may be lost, and scale the axis of accuracies: stretched where it must be."""
-        axes, baseline = chart.axes, self.verdict.baseline
-        values = [100 * value for value in accuracies]
-        if baseline is not None:
-            values.append(100 * baseline.accuracy)
-            axes.axhline(values[-1], color=INK, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
-            axes.axhspan(values[-1] - 100 * self.verdict.within, values[-1], color=BAR, alpha=0.35, linewidth=0)
-        stretch_accuracy(axes, min(values), max(values))
-        axes.set_ylabel("accuracy, %")
+    def stages(self) -> list[Chart]:
+        """What pruning costs and what repair and fine-tuning give back: a line for each network, stage by stage."""
+        entries = [entry for candidate in self.verdict.candidates for entry in candidate.entries]
+        known = [name for name in _STAGES if any(entry.accuracy.get(name) is not None for entry in entries)]
+        if len(known) < 2:
+            return []
+        chart = self.chart("stages", "Accuracy, stage by stage", self.dashes_note())
+        values: list[float] = []
+        for entry in entries:
+            found = [
+                (place, value) for place, name in enumerate(known) if (value := entry.accuracy.get(name)) is not None
+            ]
+            values += [value for _, value in found]
+            self.draw_line(chart, entry, found, faint=max(0.3, min(0.85, 12 / len(entries))), marker=True)
+            about = f"ratio {entry.ratio:g}, lambda {entry.weight:g}, seed {entry.seed}"
+            marks = [
+                (float(place), 100 * value, f"{_STAGES[known[place]]}: {percent(value)}\n{about}")
+                for place, value in found
+            ]
+            chart.marks.append((printable(entry.run), marks))
+        chart.axes.set_xticks(range(len(known)), [_STAGES[name] for name in known])
+        chart.axes.set_xlim(-0.25, len(known) - 0.75)
+        self.scale_accuracy(chart, values)
+        return [chart]
 
     def epochs(self) -> list[Chart]:
         drawn = self.drawn
@@ -147,6 +150,8 @@ class _Pen:
                 chart = self.chart(name, title, "accuracy after each epoch")
                 for curve in curves:
                     self.draw_curve(chart, curve, faint=max(0.25, min(0.85, 12 / len(curves))))
+                if name == "finetune" and len(self.ratios) > 1:
+                    chart.note += f"; {self.dashes_note()}"
                 chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
                 chart.axes.set_xlabel("epoch")
                 self.scale_accuracy(chart, [value for curve in curves for value in curve.accuracies])
@@ -154,31 +159,22 @@ class _Pen:
         return charts
 
     def draw_curve(self, chart: Chart, curve: Curve, faint: float) -> None:
-        source, is_chosen = curve.source, self.drawn.is_chosen(curve.source)
-        accuracies = [100 * value for value in curve.accuracies]
-        chart.axes.plot(
-            curve.epochs,
-            accuracies,
-            color=self.color(source.weight),
-            marker="" if len(accuracies) > 1 else self.marker(source.weight),
-            linewidth=2.4 if is_chosen else 1.3,
-            alpha=1 if is_chosen else faint,
-            zorder=4 if is_chosen else 3,
-        )
+        source = curve.source
+        points = list(zip(curve.epochs, curve.accuracies, strict=True))
+        self.draw_line(chart, source, points, faint=faint, marker=len(points) == 1)
         ratio = f", ratio {source.ratio:g}" if isinstance(source, Entry) else ""
         about = f"lambda {source.weight:g}{ratio}, seed {source.seed}"
-        points = [
-            (float(epoch), 100 * value, f"epoch {epoch}: {percent(value)}\n{about}")
-            for epoch, value in zip(curve.epochs, curve.accuracies, strict=True)
-        ]
-        chart.marks.append((printable(source.run), points))
+        marks = [(float(epoch), 100 * value, f"epoch {epoch}: {percent(value)}\n{about}") for epoch, value in points]
+        chart.marks.append((printable(source.run), marks))
 
     def densities(self) -> list[Chart]:
         """Where |gamma| lies after sparsity training, by lambda, and where the cuts fell."""
         gammas = self.drawn.gammas
         if not gammas:
             return []
-        chart = self.chart("gammas", "Densities of |gamma|", "all BatchNorms of the sparse models; triangles: cuts")
+        chart = self.chart(
+            "gammas", "Densities of |gamma|", "all BatchNorms of the sparse models; triangles: cuts, with their ratio"
+        )
         axes = chart.axes
         edges = np.linspace(0, max(float(values.max()) for values in gammas.values()) or 1.0, _BINS + 1)
         for weight, values in gammas.items():
@@ -200,12 +196,20 @@ class _Pen:
         low = chart.axes.get_ylim()[0] / 1.3  # a strip of their own, below all that is measured
         for entry, threshold in self.drawn.thresholds:
             is_chosen, color = self.drawn.is_chosen(entry), self.color(entry.weight)
-            chart.axes.plot([threshold], [low], "^", markersize=7, color=color, markeredgecolor=PAPER, zorder=4)
+            # a threshold of 0 stands on the axis: not cut off there
+            look: Any = {"markersize": 10, "color": color, "markeredgecolor": PAPER, "zorder": 4, "clip_on": False}
+            chart.axes.plot([threshold], [low], "^", **look)
             if is_chosen:
                 chart.axes.axvline(threshold, color=color, linestyle=":", linewidth=1.2)
             text = f"|gamma| <= {threshold:.4g} goes\nratio {entry.ratio:g}, lambda {entry.weight:g}"
             chart.marks.append((f"threshold of {printable(entry.run)}", [(threshold, low, text)]))
-        chart.axes.set_ylim(bottom=low / 1.3)
+        for ratio in self.ratios:
+            places = [threshold for entry, threshold in self.drawn.thresholds if entry.ratio == ratio]
+            if places:
+                chart.axes.annotate(
+                    f"{ratio:g}", (max(places), low), (6, 3), textcoords="offset points", fontsize=9, zorder=5
+                )
+        chart.axes.set_ylim(bottom=low / 1.6)
 
     def layers(self) -> list[Chart]:
         """Channels kept, one chart a cut: the named network first, then its other ratios, then other lambdas."""
@@ -237,9 +241,16 @@ class _Pen:
         width = 0.8 if len(cut.layers) < 60 else 1.0
         axes.bar(places, [before for _, before, _ in cut.layers], width=width, color=BAR)
         axes.bar(places, [after for _, _, after in cut.layers], width=width, color=self.color(entry.weight))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, min_n_ticks=1))
+        step = -(-len(cut.layers) // _MOST_NAMES)  # of many layers every so manieth is named
+        names = [_shortened(printable(name)) for name, _, _ in cut.layers[::step]]
+        axes.set_xticks([*places][::step], names, rotation=90, fontsize=8)
         axes.grid(False, axis="x")
         axes.set(xlabel="BatchNorm, in the order of execution", ylabel="channels")
         for place, (name, before, after) in zip(places, cut.layers, strict=True):
             chart.marks.append((printable(name), [(float(place), float(after), f"{after} of {before} channels stay")]))
         return chart
+
+
+def _shortened(name: str) -> str:
+    """The end of a long name, which tells layers apart."""
+    return name if len(name) <= _LONGEST_NAME else f"\u2026{name[1 - _LONGEST_NAME :]}"

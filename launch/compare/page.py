@@ -32,17 +32,20 @@ _TITLES = {
 _TEXTS = ("run", "data", "network", "state")
 _GLYPHS = dict(zip(MARKERS, "●■▲◆▼", strict=True))
 _GROUPS = (
-    ("Accuracy and size", ("params", "macs", "ratio")),
+    ("Accuracy and size", ("params", "macs", "ratio", "latency")),
+    ("What the cut costs, and what comes back", ("stages",)),
     ("Training, and the scales it leaves", ("sparsify", "finetune", "gammas")),
     ("Channels kept, layer by layer", ("layers",)),
 )
 _EXPLAINED = {
     "Accuracy and size": "Each mark is a fine-tuned network, or the mean over its seeds with the single ones small. "
-    "The stepped line is the Pareto front: no network has fewer of these and more accuracy. Dashed: the baseline; the "
-    "band below it is what may be lost. The ring is the choice; the hollow mark is the network before slimming.",
+    "The steps are the Pareto front: no network has fewer of these and more accuracy. Dashed: the accuracy of "
+    "which no more than the band may be lost. The ring is the choice; the hollow mark is the network before slimming.",
+    "What the cut costs, and what comes back": "One line a network, from the sparse model on: cut, repaired without a "
+    "training step, fine-tuned. The choice is thick.",
     "Training, and the scales it leaves": "One line a run; the choice is thick. A penalty that works leaves many "
-    "gammas at zero, and a gap before the others. A triangle marks where a cut fell: of the gammas to its left only "
-    "those were kept that a rule holds.",
+    "gammas at zero, and a gap before the others. A triangle marks where a cut fell, with its ratio: of the gammas to "
+    "its left only those were kept that a rule holds.",
     "Channels kept, layer by layer": "Grey: before the cut. Colour: what stays. First the choice, then the other cuts "
     "of its sparse model, then the same ratio at other lambdas.",
 }
