@@ -197,3 +197,18 @@ def test_one_two_and_three_ranks_count_the_same_correct_images_of_355(by_ranks: 
     counts = {tuple(result["digits"]["counts"].tolist()) for results in by_ranks.values() for result in results}
     assert len(counts) == 1
     assert next(iter(counts))[1] == 355  # divisible neither by 2 nor by 3
+
+
+def modes_around_an_evaluation() -> list[list[bool]]:
+    run = new_runtime(EngineConfig())
+    model = network().train()
+    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    before = [module.training for module in model.modules()]
+    evaluate(model, Shares(run, 10), run)
+    return [before, [module.training for module in model.modules()]]
+
+
+def test_after_an_evaluation_each_module_is_in_the_mode_it_was_in(tmp_path: Path) -> None:
+    ((before, after),) = run_ranks(modes_around_an_evaluation, 1, tmp_path)
+    assert after == before
+    assert len(set(after)) == 2

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from netslim.prune import make_plan, map_channels
 from netslim.train import EngineConfig, FitConfig, Record, SparsityConfig, fit
+from netslim.train.prepared import Prepared
 
 Case = tuple[str, int, float | None]
 LAMBDA, MOMENTUM, LR, DECAY = 1e-2, 0.9, 0.1, 1e-4
@@ -133,6 +134,43 @@ def test_an_engine_trains_in_bf16_within_its_precision(zero: int, wanted: dict[s
         assert relative_error(flat(have), flat(want)) < 2**-8  # of one rounding
         assert all(have[name].dtype == torch.float32 for name in gamma_names())
         assert max(relative_error(have[name], want[name]) for name in gamma_names()) < 2**-8
+
+
+def moved_while_frozen(zero: int) -> dict[str, list[float]]:
+    """How far gammas 0, 1 and 2 have moved in a step, by the method: 0 was frozen before, 1 once prepared."""
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # DeepSpeed's own
+        for method in ("subgradient", "proximal"):
+            run = new_runtime(EngineConfig(zero=zero))  # type: ignore[arg-type]
+            model = network()
+            gammas = gammas_of(model)
+            before = [gamma.detach().clone() for gamma in gammas]
+            gammas[0].requires_grad_(False)
+            config = FitConfig(lr=LR, weight_decay=0.0)
+            sparsity = SparsityConfig(weight=LAMBDA, method=method)  # type: ignore[arg-type]
+            prepared = Prepared(model, config, run, gammas, sparsity, None)
+            gammas_of(prepared.trained)[1].requires_grad_(False)
+            for images, labels in Images(run, 1).batches:
+                with run.accumulate(prepared.wrapped):
+                    loss, _ = prepared.forward(images, labels)
+                    run.backward(loss)
+                    prepared.stepper.step()
+                    prepared.stepper.zero_grad()
+            prepared.bring_back()
+            after = [gamma.detach().cpu() for gamma in gammas_of(model)]
+            found[method] = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)][:3]
+            run.release()
+    return found
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_frozen_gamma_stays_under_every_engine(zero: int, tmp_path: Path) -> None:
+    for found in run_ranks(moved_while_frozen, 2, tmp_path, zero):
+        for method, (before, later, never) in found.items():
+            assert before == 0, method
+            assert later == 0, method
+            assert never > 0, method
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from netslim.train import GammaPenalty, describe_pull, gamma_summary, soft_threshold_
+from netslim.train.ranks import whole
+from netslim.train.sparsity import BetaFade
 
 LAMBDA = 0.25
 
@@ -136,6 +138,90 @@ def test_a_detached_penalty_no_longer_acts() -> None:
     gamma.grad = torch.zeros(3)
     optimizer.step()
     assert gamma.tolist() == [0.5, -0.5, 0.0]
+
+
+def chain_and_optimizer(method: str) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    """Two BatchNorms whose gammas are 1, penalised by an optimizer that has momentum from a first step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    GammaPenalty(model, 0.1, method).attach(optimizer)  # type: ignore[arg-type]
+    return model, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(8, 3, 4, 4)).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["subgradient", "proximal"])
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_a_gamma_that_is_frozen_after_the_penalty_was_attached_stays(method: str, num_before: int) -> None:
+    model, optimizer = chain_and_optimizer(method)
+    for _ in range(num_before):
+        step(model, optimizer)
+    model[1].requires_grad_(False)
+    before, other = model[1].weight.clone(), model[3].weight.clone()
+    step(model, optimizer)
+    assert torch.equal(model[1].weight, before)
+    assert model[1].weight.grad is None
+    assert not torch.equal(model[3].weight, other)
+    model[1].requires_grad_(True)
+    step(model, optimizer)
+    assert not torch.equal(model[1].weight, before)
+
+
+@pytest.mark.parametrize("method", ["subgradient", "proximal"])
+def test_a_gamma_without_a_gradient_gets_none(method: str) -> None:
+    model, optimizer = chain_and_optimizer(method)
+    optimizer.zero_grad()
+    model[2:](torch.randn(8, 4, 4, 4)).square().mean().backward()  # the first two layers are not called
+    optimizer.step()
+    assert model[1].weight.grad is None
+    assert model[1].weight.tolist() == [1.0] * 4
+    assert model[3].weight.max() < 1.0
+
+
+def test_gammas_that_are_frozen_from_the_beginning_are_penalised_once_they_are_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    GammaPenalty(model, 0.5).attach(optimizer)
+    step(model, optimizer)
+    assert model[1].weight.tolist() == [1.0] * 4
+    model[1].requires_grad_(True)
+    optimizer.zero_grad()
+    model[1].weight.grad = torch.zeros(4)
+    optimizer.step()
+    torch.testing.assert_close(model[1].weight.detach(), torch.full((4,), 1 - 0.1 * 0.5))
+
+
+def test_a_model_whose_gammas_are_all_frozen_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable BatchNorm scale"):
+        GammaPenalty(nn.BatchNorm2d(4).requires_grad_(False), 0.1)
+
+
+def test_the_beta_of_a_channel_at_zero_fades_and_a_frozen_one_stays() -> None:
+    norms = [nn.BatchNorm2d(2), nn.BatchNorm2d(2)]
+    for norm in norms:
+        nn.init.zeros_(norm.weight)
+        nn.init.ones_(norm.bias)
+    optimizer = torch.optim.SGD([parameter for norm in norms for parameter in norm.parameters()], lr=0.1)
+    BetaFade(0.5).attach(optimizer, [(whole(norm.bias), norm.weight) for norm in norms])
+    for norm in norms:
+        norm.bias.grad = torch.zeros(2)
+    norms[1].bias.requires_grad_(False)
+    optimizer.step()
+    torch.testing.assert_close(norms[0].bias.detach(), torch.full((2,), 1 - 0.1 * 0.5))
+    assert norms[1].bias.tolist() == [1.0, 1.0]
+
+
+def test_frozen_gammas_do_not_count_in_the_pull() -> None:
+    frozen, trained = nn.Parameter(torch.ones(8), requires_grad=False), nn.Parameter(torch.full((4,), 0.25))
+    line, _ = describe_pull([frozen, trained], weight=1e-3, travel=1000.0)
+    assert "median |gamma| 0.25" in line
 
 
 def test_a_pull_below_the_median_gamma_is_a_warning_that_names_a_lambda() -> None:

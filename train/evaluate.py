@@ -32,21 +32,24 @@ def evaluate(
 
     ``batches`` yields images (n, 3, height, width) and labels (n,); the shares of the ranks are disjoint and together
     the whole split. With ``alone`` they are this rank's own split, and no other rank is asked. The model is used in
-    eval mode and left in the mode it was in.
+    eval mode; afterwards each of its modules is in the mode it was in.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     # float64 holds counts exactly up to 2**53, and one all-reduce serves all three
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
     with run.at("evaluation"):
-        for images, labels in batches:
-            with run.autocast():
-                logits = model(images)
-            logits = logits.float()
-            sums[0] += (logits.argmax(1) == labels).sum()
-            sums[1] += len(labels)
-            sums[2] += F.cross_entropy(logits, labels, reduction="sum")
-        model.train(was_training)
+        try:
+            for images, labels in batches:
+                with run.autocast():
+                    logits = model(images)
+                logits = logits.float()
+                sums[0] += (logits.argmax(1) == labels).sum()
+                sums[1] += len(labels)
+                sums[2] += F.cross_entropy(logits, labels, reduction="sum")
+        finally:
+            for module, mode in modes:
+                module.training = mode
         correct, total, loss = (sums if alone else run.sum_over_ranks(sums)).tolist()
     assert total > 0, "loaders refuse an empty test split"
     return Evaluation(int(correct), int(total), loss / total)

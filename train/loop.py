@@ -83,6 +83,13 @@ class Training(Prepared):
         self.before_step: list[Tensor] = []
         super().__init__(model, config, run, gammas, sparsity, slimming)
         if sparsity is not None:
+            frozen = sum(not gamma.requires_grad for gamma in gammas)
+            if frozen:
+                record.say(
+                    f"{frozen} of {len(gammas)} layers of gammas are frozen: they are not penalised and stay as they "
+                    "are; set requires_grad to slim them too",
+                    warning=True,
+                )
             line, is_warning = describe_pull(gammas, sparsity.weight, travel(config, self.steps_per_epoch))
             record.say(line, warning=is_warning)
 

@@ -61,8 +61,10 @@ class GammaPenalty:
 
         penalty = GammaPenalty(model, weight=1e-4).attach(optimizer)
 
+    A gamma that is frozen (``requires_grad``) at a step, or has no gradient in it, is left alone in that step.
+
     Arguments: the model, whose BatchNorm scales are found by type, or the gammas themselves; ``weight`` is lambda,
-    at least 0; ``method`` as in ``SparsityConfig``. Raises ValueError where there is no gamma or lambda is below 0.
+    at least 0; ``method`` as in ``SparsityConfig``. Raises ValueError where no gamma is trained or lambda is below 0.
     """
 
     def __init__(
@@ -73,10 +75,10 @@ class GammaPenalty:
     ) -> None:
         if isinstance(gammas, nn.Module):
             gammas = [module.weight for module in gammas.modules() if isinstance(module, _BatchNorm) and module.affine]
-        self.gammas: list[nn.Parameter] = [gamma for gamma in gammas if gamma.requires_grad]
+        self.gammas = list(gammas)
         self.weight = weight
         self.method = method
-        if not self.gammas:
+        if not any(gamma.requires_grad for gamma in self.gammas):
             raise ValueError("there is no trainable BatchNorm scale to penalise; use a network with BatchNorm layers")
         if not weight >= 0:
             raise ValueError(f"sparsity.weight is lambda and at least 0, not {weight}")
@@ -89,7 +91,7 @@ class GammaPenalty:
         if fragments is None:
             fragments = [whole(gamma) for gamma in self.gammas]
             known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if not all(id(gamma) in known for gamma in self.gammas):
+            if not all(id(gamma) in known for gamma in self.gammas if gamma.requires_grad):
                 raise ValueError("the optimizer does not hold all penalised gammas; build it from the same model")
         self._fragments: dict[int, list[Fragment]] = defaultdict(list)
         for fragment in fragments:
@@ -110,11 +112,10 @@ class GammaPenalty:
         values, gradients = [], []
         for group in optimizer.param_groups:
             for fragment in self._of(group):
-                if fragment.owner.grad is None:
-                    fragment.owner.grad = torch.zeros_like(fragment.owner)
+                assert fragment.owner.grad is not None, "it is stepped"
                 values.append(fragment.of(fragment.owner.detach()))
                 gradients.append(fragment.of(fragment.owner.grad))
-        if not values:  # ZeRO steps its partitions one by one, and this one holds no gamma
+        if not values:  # all are frozen; or ZeRO steps its partitions one by one, and this one holds no gamma
             return
         signs = list(torch._foreach_sign(values))
         if scale is not None:
@@ -130,7 +131,8 @@ class GammaPenalty:
 
     def _of(self, group: dict[str, Any]) -> list[Fragment]:
         """The pieces of gammas that a parameter group of the optimizer steps now."""
-        return [piece for owner in group["params"] for piece in self._fragments.get(id(owner), ())]
+        pieces = (piece for owner in group["params"] for piece in self._fragments.get(id(owner), ()))
+        return [piece for piece in pieces if piece.is_stepped]
 
 
 class BetaFade:
@@ -148,7 +150,7 @@ class BetaFade:
         self._pieces: dict[int, list[tuple[Fragment, Tensor]]] = defaultdict(list)
         for fragment, gamma in pieces:
             self._pieces[id(fragment.owner)].append((fragment, gamma))
-        self._idle: dict[int, list[Tensor]] = {}
+        self._idle: dict[int, list[tuple[Fragment, Tensor]]] = {}
         optimizer.register_step_pre_hook(self._look)
         optimizer.register_step_post_hook(self._shrink)
         return self
@@ -157,19 +159,20 @@ class BetaFade:
     def _look(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for owner in (owner for group in optimizer.param_groups for owner in group["params"]):
             self._idle[id(owner)] = [
-                gamma.detach().narrow(0, fragment.offset, fragment.count) == 0
+                (fragment, gamma.detach().narrow(0, fragment.offset, fragment.count) == 0)
                 for fragment, gamma in self._pieces.get(id(owner), ())
+                if fragment.is_stepped
             ]
 
     @torch.no_grad()
     def _shrink(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
-            owners = group["params"]
-            betas = [f.of(f.owner.detach()).view(-1) for owner in owners for f, _ in self._pieces.get(id(owner), ())]
+            pieces = [piece for owner in group["params"] for piece in self._idle[id(owner)]]
+            betas = [fragment.of(fragment.owner.detach()).view(-1) for fragment, _ in pieces]
             if betas:
                 shrunk = [beta.clone() for beta in betas]
                 soft_threshold_(shrunk, _threshold(self.weight, group, optimizer))
-                idle = [mask for owner in owners for mask in self._idle[id(owner)]]
+                idle = [mask for _, mask in pieces]
                 torch._foreach_copy_(betas, list(map(torch.where, idle, shrunk, betas)))
 
 
@@ -214,13 +217,14 @@ def gamma_summary(gammas: Sequence[Tensor]) -> dict[str, float]:
 def describe_pull(gammas: Sequence[Tensor], weight: float, travel: float) -> tuple[str, bool]:
     """One line that says whether lambda can bring the gammas to zero in this schedule, and whether it is a warning.
 
-    ``travel`` is sum of lr / (1 - momentum) over the schedule, so that weight * travel, the *pull*, is the farthest
-    that the penalty alone can move a gamma. The loss holds up the gammas that it needs, so that a pull as long as the
-    median is the least that brings any to zero (measured: docs/lab.md). A pull below the median |gamma| leaves most
-    gammas where they are: the global threshold then cuts channels that matter, and the accuracy after the cut falls to
-    chance level.
+    Frozen gammas do not count. ``travel`` is sum of lr / (1 - momentum) over the schedule, so that weight * travel, the
+    *pull*, is the farthest that the penalty alone can move a gamma. The loss holds up the gammas that it needs, so that
+    a pull as long as the median is the least that brings any to zero (measured: docs/lab.md). A pull below the median
+    |gamma| leaves most gammas where they are: the global threshold then cuts channels that matter, and the accuracy
+    after the cut falls to chance level.
     """
-    pull, median = weight * travel, gamma_summary(gammas)["gamma_median"]
+    trained = [gamma for gamma in gammas if gamma.requires_grad] or gammas
+    pull, median = weight * travel, gamma_summary(trained)["gamma_median"]
     line = f"pull {pull:.3g} = lambda {weight:g} x sum of lr / (1 - momentum) {travel:.4g}; median |gamma| {median:.3g}"
     if weight == 0 or pull >= median:
         return line, False

@@ -20,6 +20,13 @@ class Fragment:
     count: int
     offset: int
     """Its first entry in the parameter, flattened."""
+    parameter: nn.Parameter
+    """Which it is a piece of."""
+
+    @property
+    def is_stepped(self) -> bool:
+        """Whether the optimizer's next step moves it: what is frozen meanwhile, or has no gradient, stays."""
+        return self.parameter.requires_grad and self.owner.grad is not None
 
     def of(self, tensor: Tensor) -> Tensor:
         """View the piece in a tensor of the owner's shape: its values, its gradient, its momentum."""
@@ -29,7 +36,7 @@ class Fragment:
 
 
 def whole(parameter: nn.Parameter) -> Fragment:
-    return Fragment(parameter, 0, parameter.numel(), 0)
+    return Fragment(parameter, 0, parameter.numel(), 0, parameter)
 
 
 def zero_fragment(parameter: nn.Parameter, optimizer: object, rank: int) -> Fragment | None:
@@ -40,13 +47,13 @@ def zero_fragment(parameter: nn.Parameter, optimizer: object, rank: int) -> Frag
         offset = rank * size
         count = min(size, parameter.ds_numel - offset)
         owner = optimizer.fp32_partitioned_groups_flat[group]  # type: ignore[attr-defined]
-        return Fragment(owner, start, count, offset) if count > 0 else None
+        return Fragment(owner, start, count, offset, parameter) if count > 0 else None
     piece = parameter._hp_mapping  # type: ignore[attr-defined]  # stages 1 and 2: partitions run over parameters
     if piece is None:
         return None
     owner = optimizer.single_partition_of_fp32_groups[piece.param_group_index]  # type: ignore[attr-defined]
     address = piece.hp_fragment_address
-    return Fragment(owner, address.start, address.numel, piece.lp_fragment_address.start)
+    return Fragment(owner, address.start, address.numel, piece.lp_fragment_address.start, parameter)
 
 
 class Masters:
