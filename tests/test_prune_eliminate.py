@@ -4,11 +4,12 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_prune_nets import EXAMPLE, NETS, chain, scramble
-from test_prune_repair import calibration, difference, doubled, images_and_labels
+from test_prune_repair import calibration, difference, doubled, images_and_labels, peak, wide
 from torch import Tensor, nn
 
 from netslim.prune import Calibration, largest_difference, map_channels, repair, score_channels, slim
 from netslim.prune.choose.rules import Rules
+from netslim.prune.repair import foresight
 from netslim.prune.repair.hinge import Hinge, Rows, refine
 from netslim.prune.repair.ridge import Line, Moments, solve
 from netslim.train import EngineConfig, Runtime
@@ -99,12 +100,41 @@ def test_every_kind_of_network_can_be_scored_and_cut(name, coupling):
     assert "share lost" in plan.report()
 
 
+def test_to_a_layer_that_is_too_wide_to_be_solved_a_channel_is_worth_all_that_it_gives(monkeypatch):
+    model = net()
+    images, labels = images_and_labels(64, 4)
+    monkeypatch.setattr(foresight, "WIDEST", 6)
+    model.train()
+    with pytest.warns(UserWarning, match="the score reconstruction does not solve '3'"):
+        scores = scores_of(model, Calibration.of(images, labels))["1"]
+    assert all(module.training for module in model.modules())
+    model.eval()
+    with torch.no_grad():
+        before = model[:3](images).double().movedim(1, -1).flatten(0, -2)
+    scale = model[4].weight.double() / (model[4].running_var.double() + model[4].eps).sqrt()
+    weight = (model[3].weight.flatten(1).double() * scale[:, None]).detach()
+    whole = (before @ weight.T).var(0, unbiased=False).sum()
+    alone = [float((before[:, [c]] @ weight[:, [c]].T).var(0, unbiased=False).sum() / whole) for c in range(7)]
+    assert scores.tolist() == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_memory_of_a_score_is_bounded_however_wide_a_layer_is():
+    model, before = wide(), peak()
+    with pytest.warns(UserWarning, match="the score reconstruction does not solve '5'"):
+        scores = scores_of(model, calibration(32, side=9))["1"]
+    assert peak() - before < 1 << 30
+    assert len(set(scores.tolist())) > 400
+
+
 def scores_on_ranks() -> dict[str, Tensor]:
     run = Runtime(EngineConfig(), 0)
     torch.manual_seed(0)
     model = scramble(chain(12, 10, 14)).eval()
     images = calibration(index=run.rank, ranks=run.world_size, sum_over_ranks=run.sum_over_ranks)
     scores = scores_of(model, images)
+    foresight.WIDEST = 6
+    with pytest.warns(UserWarning, match="does not solve '3'"):
+        scores["to a wide layer"] = scores_of(net(), images)["1"]
     run.close()
     return scores
 

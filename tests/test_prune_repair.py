@@ -2,6 +2,7 @@
 
 import copy
 import re
+import resource
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from test_prune_nets import NETS, chain, scramble
 from torch import Tensor, nn
 
 from netslim.prune import Calibration, Chunk, Plan, RepairConfig, cut, make_plan, map_channels, repair
+from netslim.prune.repair import foresight
 from netslim.prune.repair.absorption import absorb
+from netslim.prune.repair.foresight import foreseen
 from netslim.prune.repair.recalibration import recalibrate
 from netslim.prune.repair.reconstruction import reconstruct
 from netslim.train import EngineConfig, Runtime
@@ -255,8 +258,7 @@ def test_a_rank_without_images_takes_part():
     assert all(torch.equal(value, want.state_dict()[key]) for key, value in have.state_dict().items())
 
 
-def test_too_few_images_are_refused_with_the_number_that_is_needed():
-    torch.manual_seed(0)
+def test_too_few_images_to_measure_by_are_refused():
     model = scramble(chain(12, 10, 30)).eval()
     plan = plan_for(model, 0.1)
     small = cut(model, plan)
@@ -264,10 +266,141 @@ def test_too_few_images_are_refused_with_the_number_that_is_needed():
         repair(model, small, plan, calibration(8))
     with pytest.raises(ValueError, match="calibration images come in at least 8 chunks"):
         repair(model, small, plan, calibration(32))
-    with pytest.raises(ValueError, match=r"'6' has \d+ weights .* for 64 calibration images to determine") as caught:
-        repair(model, small, plan, calibration(64))
-    enough = int(re.search(r"at least (\d+)", str(caught.value))[1])
-    repair(model, small, plan, calibration(-(-enough // 64) * 64))
+
+
+def test_a_layer_that_the_images_cannot_determine_stays_as_it_is_and_the_report_says_how_many_would():
+    torch.manual_seed(0)
+    model = scramble(chain(12, 10, 30)).eval()
+    plan = plan_for(model, 0.1)
+    small = cut(model, plan)
+    config = RepairConfig(steps=("reconstruct",), auto=False, balance=False)
+    repaired, report = repair(model, small, plan, calibration(64), config)
+    (note,) = report.notes
+    assert re.search(r"reconstruct leaves 1 of 5 layers as they are: '6' with up to \d+ weights for each output", note)
+    assert note in str(report)
+    assert torch.equal(repaired[6].weight, small[6].weight)
+    assert torch.equal(repaired[6].bias, small[6].bias)
+    assert not torch.equal(repaired[3][0].weight, small[3][0].weight)
+    enough = int(re.search(r"about (\d+) images would", note)[1])
+    assert enough > 64
+    repaired, report = repair(model, small, plan, calibration(-(-enough // 64) * 64), config)
+    assert report.notes == ()
+    assert not torch.equal(repaired[6].weight, small[6].weight)
+
+
+def test_fewer_samples_than_the_shapes_promise_leave_a_layer_as_it_is_too():
+    """A layer that reads no image gives as many samples for each pass, not for each image."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU())
+            self.shift = nn.Linear(50, 10)
+            self.tail = nn.Conv2d(12, 10, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tail(self.body(x)).mean((2, 3)) + self.shift(x.new_ones(1, 50))
+
+    torch.manual_seed(0)
+    model = scramble(Shifted()).eval()
+    plan = plan_for(model, 0.0)
+    _, report = repair(model, cut(model, plan), plan, calibration(128), RepairConfig(auto=False))
+    assert "reconstruct leaves 1 of 3 layers as they are: 'shift'" in report.notes[0]
+
+
+def wide() -> nn.Module:
+    """A linear layer of 25,088 inputs, as VGG-16 has at 224 x 224: a matrix of its second moments takes 5 GB."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 512, 3), nn.BatchNorm2d(512), nn.ReLU(), nn.AdaptiveAvgPool2d(7), nn.Flatten()]
+    return scramble(nn.Sequential(*layers, nn.Linear(25088, 10))).eval()
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def test_the_memory_of_a_repair_is_bounded_however_wide_a_layer_is():
+    model = wide()
+    plan = plan_for(model, 0.02)
+    before = peak()
+    _, report = repair(model, cut(model, plan), plan, calibration(64, side=9))
+    assert peak() - before < 1 << 30
+    (note,) = report.notes
+    assert re.search(r"leaves 1 of 2 layers as they are: '5' with up to 2\d{4} weights .* more than 10240 would", note)
+
+
+def test_a_layer_wider_than_the_bound_stays_though_the_images_would_determine_it(monkeypatch):
+    torch.manual_seed(0)
+    model = scramble(chain(12, 10, 14)).eval()
+    plan = plan_for(model, 0.3)
+    small = cut(model, plan)
+    monkeypatch.setattr(foresight, "WIDEST", small[3][0].weight[0].numel() - 1)
+    config = RepairConfig(steps=("reconstruct",), auto=False, balance=False)
+    repaired, report = repair(model, small, plan, calibration(), config)
+    assert "'3.0'" in report.notes[0]
+    assert torch.equal(repaired[3][0].weight, small[3][0].weight)
+    assert not torch.equal(repaired[6].weight, small[6].weight)
+
+
+def test_what_will_be_left_is_foreseen_from_shapes_and_counts():
+    example = torch.zeros(1, 3, 16, 16)
+    assert foreseen(chain(12, 10, 14), example, 2048) == []
+    (line,) = foreseen(chain(12, 10, 300), example, 138)
+    assert "reconstruct leaves 1 of 5 layers as they are: '6' with up to 1200 weights for each output" in line
+    assert "more than 138 images determine" in line
+    assert (
+        "a repair needs at least 16 images to measure by, 12 are given" in foreseen(chain(12, 10, 14), example, 12)[0]
+    )
+    before = peak()
+    (line,) = foreseen(wide(), torch.zeros(1, 3, 224, 224), 1 << 20)
+    assert "'5' with up to 25088 weights for each output, and more than 10240 would take too much memory" in line
+    assert peak() - before < 1 << 28
+
+
+@pytest.mark.parametrize("count", [16, 33])
+def test_chunks_of_a_single_value_do_not_stop_a_recalibration(count):
+    """BatchNorm1d, and maps of one place, in chunks of one image: of 16 images all are, of 33 the last one is."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = scramble(nn.Sequential(*body, nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))).eval()
+    plan = plan_for(model, 0.3)
+    images = Calibration.of(*images_and_labels(count))
+    repaired, report = repair(model, cut(model, plan), plan, images, RepairConfig(auto=False))
+    assert report.kept == ("absorb", "reconstruct", "recalibrate")
+    assert any(note.startswith("recalibrate: '6' met a chunk of a single value") for note in report.notes)
+    assert all(torch.isfinite(value).all() for value in repaired.state_dict().values())
+    values = repaired[:6].eval()(images_and_labels(count)[0]).detach().double()
+    torch.testing.assert_close(repaired[6].running_mean.double(), values.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_a_repair_leaves_every_module_in_the_mode_it_was_in_and_gives_those_of_the_cut_network():
+    torch.manual_seed(0)
+    model = scramble(chain(12, 10, 14))
+    plan = plan_for(model.eval(), 0.3)
+    small = cut(model, plan).train()
+    model.train()[0].eval()
+    small[3].eval()
+    before = [[module.training for module in network.modules()] for network in (model, small)]
+    repaired, report = repair(model, small, plan, calibration())
+    assert report.kept
+    assert [[module.training for module in network.modules()] for network in (model, small)] == before
+    assert [module.training for module in repaired.modules()] == before[1]
+    statistics = repaired[0][1].running_mean.clone()
+    repaired(images_and_labels(8)[0])
+    assert not torch.equal(repaired[0][1].running_mean, statistics)
+
+
+def test_a_repair_that_fails_leaves_modes_too():
+    torch.manual_seed(0)
+    model = scramble(chain(12, 10, 14))
+    plan = plan_for(model.eval(), 0.5)
+    small = cut(model, plan)
+    with torch.no_grad():
+        model[3][1].weight[:] = float("inf")
+    model.train()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        repair(model, small, plan, calibration(), RepairConfig(steps=("reconstruct",)))
+    assert all(module.training for module in model.modules())
 
 
 def test_activations_that_are_not_finite_are_refused():

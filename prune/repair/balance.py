@@ -39,7 +39,7 @@ def balance(network: nn.Module, calibration: Calibration) -> None:
         if norm.affine and isinstance(layer := once[name], nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     }
     normalised = set(layer_of.values())
-    statistics = input_statistics(network, calibration, as_in_training=False)
+    statistics = input_statistics(network, calibration)
     for norm in once.values():
         if norm in statistics and isinstance(norm, NORMALISING) and norm.affine:
             _rebase(norm, *statistics[norm], layer_of.get(norm))

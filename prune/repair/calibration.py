@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -64,20 +65,38 @@ def chunk_size(num_images: int) -> int:
     return max(1, min(_CHUNK, num_images // FEWEST))
 
 
+def num_fitted(num_images: int) -> int:
+    """Images to which something is fitted, of so many in chunks of `chunk_size`: all but those that are held out."""
+    size = chunk_size(num_images)
+    starts = range(0, num_images, size)[HELD_OUT - 1 :: HELD_OUT]
+    return num_images - sum(min(size, num_images - start) for start in starts)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put the network into eval mode, and afterwards each of its modules into the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
-def held_out_loss(model: nn.Module, calibration: Calibration) -> float:
-    """Measure the mean cross-entropy over the held-out images of all ranks, in eval mode."""
-    model.eval()
+def held_out_loss(model: nn.Module, calibration: Calibration) -> tuple[float, int]:
+    """Measure the mean cross-entropy over the held-out images of all ranks, in eval mode; and count these images."""
     sums: Tensor | None = None
-    for chunk in calibration.read():
-        if chunk.is_held_out:
-            loss = F.cross_entropy(model(chunk.images).float(), chunk.labels, reduction="sum").double()
-            part = torch.stack([loss, torch.tensor(len(chunk.labels)).to(loss)])
-            sums = part if sums is None else sums + part
+    with evaluating(model):
+        for chunk in calibration.read():
+            if chunk.is_held_out:
+                loss = F.cross_entropy(model(chunk.images).float(), chunk.labels, reduction="sum").double()
+                part = torch.stack([loss, torch.tensor(len(chunk.labels)).to(loss)])
+                sums = part if sums is None else sums + part
     device = next(model.parameters()).device
     total, count = calibration.sum_over_ranks(
         torch.zeros(2, dtype=torch.float64, device=device) if sums is None else sums
     ).tolist()
     if not count:
         raise ValueError(f"calibration images come in at least {HELD_OUT} chunks, so that one can be held out")
-    return float(total / count)
+    return float(total / count), int(count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from netslim.prune.map import CONSTANT, ChannelMap, Coupling, Ints
+from netslim.prune.map import CONSTANT, ChannelMap, Coupling, Ints, few
 from netslim.prune.record import Questions, recorded
-from netslim.prune.repair.calibration import Calibration
-from netslim.prune.repair.reconstruction import check_finite, samples_of
+from netslim.prune.repair.calibration import Calibration, evaluating
+from netslim.prune.repair.foresight import WIDEST, is_wide
+from netslim.prune.repair.reconstruction import check_finite, not_finite, samples_of
 from netslim.prune.repair.ridge import Moments
 
 RIDGE = 1e-4
@@ -34,7 +37,8 @@ def elimination_scores(
     that no convolution or linear layer reads scores as the last one to go does.
 
     On several ranks all get the same scores. Memory is that of the second moments of all layers' inputs, whatever the
-    number of images.
+    number of images. Of a layer with more than 10,240 weights for each output none are taken: to it a channel is worth
+    all that it gives, as if others could not make up for it; a warning says so. The model is left in the mode it is in.
 
     Raises: ValueError if activations are not finite.
     """
@@ -49,6 +53,20 @@ def elimination_scores(
         )
         for layer in channels.layers
     }
+
+
+@dataclass
+class _Wide:
+    """A layer whose second moments would take too much memory: what a unit gives to it counts in full."""
+
+    features: dict[int, float]
+    """The share of the outputs' variance that each unit takes with it which can still go."""
+
+    def costs(self) -> dict[int, float]:
+        return dict(self.features)
+
+    def remove(self, unit: int) -> None:
+        del self.features[unit]
 
 
 @dataclass
@@ -102,7 +120,7 @@ def _units(channels: ChannelMap, coupling: Coupling) -> Ints:
     return unit_of
 
 
-def _read(model: nn.Module, channels: ChannelMap, unit_of: Ints, calibration: Calibration) -> list[_Reader]:
+def _read(model: nn.Module, channels: ChannelMap, unit_of: Ints, calibration: Calibration) -> list[_Reader | _Wide]:
     """Find the layers that read what can go, and the second moments of their inputs."""
     asked = Questions(model, recorded(model, calibration.example))
     once, norms = asked.called_once, asked.norms_after
@@ -112,16 +130,25 @@ def _read(model: nn.Module, channels: ChannelMap, unit_of: Ints, calibration: Ca
         if isinstance(layer := once.get(end.name), nn.Conv2d | nn.Linear)
         and (unit_of[list(end.inputs)] != _STAYS).any()
     }
+    wide = [name for name, (layer, _) in layers.items() if is_wide(layer.weight[0].numel(), _groups(layer))]
+    if wide:
+        warnings.warn(
+            f"the score reconstruction does not solve {few([repr(name) for name in wide])}: more than {WIDEST} weights "
+            "for each output would take too much memory, so what a channel gives to them counts in full",
+            stacklevel=4,
+        )
+    readers: list[_Reader | _Wide] = []
+    for name in wide:
+        broad, units = layers.pop(name)
+        readers += _wide(model, name, broad, units, _gains(broad, norms.get(name)), calibration)
     moments = _input_moments(model, [layer for layer, _ in layers.values()], calibration)
-    readers = []
     for (name, (layer, units)), seen in zip(layers.items(), moments, strict=True):
         check_finite(seen, name)
         second = (seen.xx - seen.x[:, :, None] * seen.x[:, None, :] / seen.n) / seen.n
         weight = layer.weight.flatten(1).double()
-        norm = norms.get(name)
-        if norm is not None and norm.affine:
-            assert norm.running_var is not None, "asked before"
-            weight = weight * (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt())[:, None]
+        gains = _gains(layer, norms.get(name))
+        if gains is not None:
+            weight = weight * gains[:, None]
         weights = weight.view(len(second), -1, second.shape[-1])
         total = float(((weights @ second) * weights).sum().clamp(min=torch.finfo(torch.float64).tiny))
         eye = torch.eye(second.shape[-1]).to(second)
@@ -132,6 +159,67 @@ def _read(model: nn.Module, channels: ChannelMap, unit_of: Ints, calibration: Ca
             if features:
                 readers.append(_Reader(weights[group].clone(), inverses[group], total, features))
     return readers
+
+
+def _groups(layer: nn.Conv2d | nn.Linear) -> int:
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+
+
+def _gains(layer: nn.Module, norm: _BatchNorm | None) -> Tensor | None:
+    """By what the BatchNorm after a layer multiplies its outputs, (outputs,) float64; None where there is none."""
+    if norm is None or not norm.affine:
+        return None
+    assert norm.running_var is not None, "asked before"
+    return norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+
+
+def _wide(
+    model: nn.Module,
+    name: str,
+    layer: nn.Conv2d | nn.Linear,
+    units: Ints,
+    gains: Tensor | None,
+    calibration: Calibration,
+) -> list[_Wide]:
+    """Measure what share of a wide layer's output variance comes of each unit alone; a reader for each group."""
+    groups = _groups(layer)
+    weight = layer.weight.flatten(1).view(groups, len(layer.weight) // groups, -1).double()
+    own = [_features(part, weight.shape[-1] // len(part), weight.device) for part in np.split(units, groups)]
+    whole = torch.arange(weight.shape[-1], device=weight.device)
+    # of what all units, and then each of them, give to the outputs: sums and sums of squares
+    parts = [(group, some) for group, each in enumerate(own) for some in (whole, *each.values())]
+    sums = torch.zeros(len(parts), 2, weight.shape[1], dtype=torch.float64, device=weight.device)
+    count = sums.new_zeros(1)
+    number = 0
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = samples_of(layer, inputs[0], (output,), seed=number)[0]
+        for place, (group, some) in enumerate(parts):
+            given = x[group][:, some].double() @ weight[group][:, some].mT
+            sums[place] += torch.stack([given.sum(0), given.square().sum(0)])
+        count.add_(x.shape[1])
+
+    hook = layer.register_forward_hook(add)
+    try:
+        with evaluating(model):
+            for chunk in calibration.read():
+                number = chunk.number
+                model(chunk.images)
+    finally:
+        hook.remove()
+    flat = calibration.sum_over_ranks(torch.cat([sums.flatten(), count]))
+    if not torch.isfinite(flat).all():
+        raise not_finite(name)
+    first, second = (flat[:-1].view_as(sums) / flat[-1]).unbind(1)
+    variances = second - first.square()
+    if gains is not None:
+        variances = variances * torch.stack([gains.view(groups, -1)[group] for group, _ in parts]).square()
+    shares = iter(variances.sum(1).clamp(min=0).tolist())
+    found, total = [], torch.finfo(torch.float64).tiny
+    for each in own:
+        total += next(shares)
+        found.append({unit: next(shares) for unit in each})
+    return [_Wide({unit: share / total for unit, share in each.items()}) for each in found if each]
 
 
 def _features(units: Ints, per_channel: int, device: torch.device) -> dict[int, Tensor]:
@@ -148,11 +236,9 @@ def _input_moments(
     model: nn.Module, layers: Sequence[nn.Conv2d | nn.Linear], calibration: Calibration
 ) -> list[Moments]:
     """Take the second moments of what goes into each layer, over all images and ranks."""
-    model.eval()
     found, hooks, chunk_number = [], [], 0
     for order, layer in enumerate(layers):
-        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-        moments = Moments.none(groups, layer.weight[0].numel(), 0, layer.weight.device)
+        moments = Moments.none(_groups(layer), layer.weight[0].numel(), 0, layer.weight.device)
         found.append(moments)
 
         def add(
@@ -164,18 +250,19 @@ def _input_moments(
 
         hooks.append(layer.register_forward_hook(add))
     try:
-        for chunk in calibration.read():
-            chunk_number = chunk.number
-            model(chunk.images)
+        with evaluating(model):
+            for chunk in calibration.read():
+                chunk_number = chunk.number
+                model(chunk.images)
     finally:
         for hook in hooks:
             hook.remove()
     return [moments.over(calibration.sum_over_ranks) for moments in found]
 
 
-def _components(readers: Sequence[_Reader]) -> list[list[_Reader]]:
+def _components(readers: Sequence[_Reader | _Wide]) -> list[list[_Reader | _Wide]]:
     """Group the readers that read a unit in common, directly or through others."""
-    home: dict[int, list[_Reader]] = {}
+    home: dict[int, list[_Reader | _Wide]] = {}
     for reader in readers:
         joined = [reader]
         for other in {id(home[unit]): home[unit] for unit in reader.features if unit in home}.values():
@@ -185,9 +272,9 @@ def _components(readers: Sequence[_Reader]) -> list[list[_Reader]]:
     return list({id(component): component for component in home.values()}.values())
 
 
-def _eliminate(readers: Sequence[_Reader]) -> Iterable[tuple[int, float]]:
+def _eliminate(readers: Sequence[_Reader | _Wide]) -> Iterable[tuple[int, float]]:
     """Give every unit in the order in which they go, with the largest loss so far."""
-    reading: defaultdict[int, list[_Reader]] = defaultdict(list)
+    reading: defaultdict[int, list[_Reader | _Wide]] = defaultdict(list)
     costs = {}
     for reader in readers:
         costs[id(reader)] = reader.costs()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from netslim.prune.repair.ridge import Line, Moments
+from netslim.prune.repair.ridge import Line, Moments, ridged
 
 STEPS = 10
 """Of the accelerated descent: more of them gain nothing."""
@@ -82,7 +82,7 @@ def refine(
     mean = moments.x / moments.n if has_constant else torch.zeros_like(moments.x)
     second = moments.xx / moments.n - mean[:, :, None] * mean[:, None, :]
     ridge = line.ridge * second.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    factor, failed = torch.linalg.cholesky_ex(second + ridge * torch.eye(second.shape[-1]).to(second))
+    factor, failed = torch.linalg.cholesky_ex(ridged(second, ridge[..., 0]))
     if failed.any():
         return line
     constant = constant + (weight @ mean[..., None]).squeeze(2)  # of centred features

@@ -13,18 +13,19 @@ from torch.utils.hooks import RemovableHandle
 
 from netslim.prune.choose import Plan
 from netslim.prune.record import Questions, recorded
-from netslim.prune.repair.calibration import Calibration
+from netslim.prune.repair.calibration import Calibration, evaluating
+from netslim.prune.repair.foresight import POSITIONS
 from netslim.prune.repair.hinge import Hinge, Rows, refine
 from netslim.prune.repair.ridge import Moments, solve
 
-POSITIONS = 32
-"""Places of a convolution's output, per image, that its system takes in; all where there are fewer."""
 ROWS = 1 << 15
 """Samples of all ranks together that are kept in memory, of one layer at a time."""
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Calibration) -> list[str]:
+def reconstruct(
+    model: nn.Module, small: nn.Module, plan: Plan, calibration: Calibration, left: list[str] | None = None
+) -> list[str]:
     """Solve the convolutions and linear layers of the cut network anew, in place, in the order of execution.
 
     Each one's change of weights, and a constant, are fitted by ridge least squares to what its output lacks of the
@@ -34,22 +35,30 @@ def reconstruct(model: nn.Module, small: nn.Module, plan: Plan, calibration: Cal
     mean of the BatchNorm that alone reads it. Where a ReLU follows, the fit is refined: what that makes zero in any
     case need not be met (`refine`).
 
-    Layers that a forward pass calls more than once, and transposed convolutions, stay as they are.
+    Layers that a forward pass calls more than once, and transposed convolutions, stay as they are; so do those of
+    which more weights stand for each output than the images give samples.
 
+    Args: left, the names of layers that are left out (`left_of`); those that have too few samples all the same join.
     Returns: the names of the layers that were solved.
-    Raises: ValueError if there are fewer images than a layer needs, or if activations are not finite.
+    Raises: ValueError if activations are not finite.
     """
+    left = [] if left is None else left
     asked = Questions(small, recorded(small, calibration.example))
     kept = {part.name: part.outputs for part in plan.slices}
     norms, zeroed, solved = asked.norms_after, asked.rectified, []
     layers = {name: layer for name, layer in asked.called_once.items() if isinstance(layer, nn.Conv2d | nn.Linear)}
-    model.eval()
     for number, (name, layer) in enumerate(calibration.show(layers.items(), "reconstructing")):
+        if name in left:
+            continue
         norm = norms.get(name)
         has_constant = layer.bias is not None or norm is not None
         has_relu = (layer if norm is None else norm) in zeroed
-        seen = _look(model, small, name, kept.get(name), number, calibration, num_rows=ROWS if has_relu else 0)
-        _check(seen.fit, name, calibration)
+        with evaluating(model):
+            seen = _look(model, small, name, kept.get(name), number, calibration, num_rows=ROWS if has_relu else 0)
+        check_finite(seen.fit, name)
+        if seen.fit.n < seen.fit.x.shape[1]:
+            left.append(name)
+            continue
         line = solve(seen.fit, seen.held, has_constant=has_constant)
         if line is not None:
             if has_relu:
@@ -101,7 +110,8 @@ def _look(
     systems = layer.groups if isinstance(layer, nn.Conv2d) else 1
     weight = layer.weight
     fit, held = (Moments.none(systems, weight[0].numel(), len(weight) // systems, weight.device) for _ in range(2))
-    seen = _Seen(fit, held, [], [])
+    fit_rows: list[Rows] = []
+    held_rows: list[Rows] = []
     with _up_to(small, layer) as inputs_of, _up_to(model, old) as old_inputs_of:
         for chunk in calibration.read():
             inputs, original = inputs_of(chunk.images), old.forward(old_inputs_of(chunk.images))
@@ -114,29 +124,23 @@ def _look(
             if most:
                 every = slice(None, None, -(-x.shape[1] // most))
                 rows = Rows(*(part[:, every].clone() for part in (x, output, target)))
-                (seen.held_rows if chunk.is_held_out else seen.fit_rows).append(rows)
-    seen.fit, seen.held = fit.over(calibration.sum_over_ranks), held.over(calibration.sum_over_ranks)
-    return seen
+                (held_rows if chunk.is_held_out else fit_rows).append(rows)
+    fit = fit.over(calibration.sum_over_ranks)  # one after the other: they may be the largest that is in memory
+    held = held.over(calibration.sum_over_ranks)
+    return _Seen(fit, held, fit_rows, held_rows)
 
 
 def check_finite(moments: Moments, name: str) -> None:
     """Raise ValueError where what goes into a layer, or comes out, was not finite."""
     if not moments.is_finite():
-        raise ValueError(
-            f"the activations at '{name}' are NaN or infinite, so its weights cannot be solved: the sparse model "
-            "diverged, or its file is damaged"
-        )
+        raise not_finite(name)
 
 
-def _check(fit: Moments, name: str, calibration: Calibration) -> None:
-    check_finite(fit, name)
-    features = fit.x.shape[1]
-    if fit.n < features:
-        enough = -int(-features * calibration.num_images // int(fit.n))
-        raise ValueError(
-            f"'{name}' has {features} weights for each output, too many for {calibration.num_images} calibration "
-            f"images to determine; give at least {enough}, or leave `reconstruct` out"
-        )
+def not_finite(name: str) -> ValueError:
+    return ValueError(
+        f"the activations at '{name}' are NaN or infinite, so its weights cannot be solved: the sparse model "
+        "diverged, or its file is damaged"
+    )
 
 
 def samples_of(

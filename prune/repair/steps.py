@@ -10,10 +10,12 @@ from pydantic.dataclasses import dataclass as configuration
 from torch import nn
 
 from netslim.prune.choose import Plan
+from netslim.prune.map import few
 from netslim.prune.record import replica
 from netslim.prune.repair.absorption import absorb
 from netslim.prune.repair.balance import balance
 from netslim.prune.repair.calibration import FEWEST, Calibration, held_out_loss
+from netslim.prune.repair.foresight import left_of, said, systems_of, too_few
 from netslim.prune.repair.recalibration import recalibrate
 from netslim.prune.repair.reconstruction import reconstruct
 
@@ -57,6 +59,8 @@ class Repair:
     tried: tuple[Tried, ...]
     is_balanced: bool
     """Whether weights, gammas and statistics were changed together afterwards, to the same outputs (`balance`)."""
+    notes: tuple[str, ...] = ()
+    """What the images cannot determine and was left as it is, in one line each."""
 
     @property
     def kept(self) -> tuple[Step, ...]:
@@ -70,7 +74,9 @@ class Repair:
 
     def __str__(self) -> str:
         steps = [f"{tried.step} {tried.loss:.4f}{'' if tried.is_kept else ' (undone)'}" for tried in self.tried]
-        return f"held-out loss after the cut {self.loss_cut:.4f}; {', '.join(steps)}{'; balanced' * self.is_balanced}"
+        notes = "".join(f"; {note}" for note in self.notes)
+        balanced = "; balanced" * self.is_balanced
+        return f"held-out loss after the cut {self.loss_cut:.4f}; {', '.join(steps)}{balanced}{notes}"
 
 
 def repair(
@@ -86,22 +92,37 @@ def repair(
     undone, so that the result is never worse there than the cut. What was repaired is then balanced (`balance`), which
     changes no output: else it is undone too. On several ranks all end with the same weights.
 
-    Raises: ValueError if there are too few images, or as `reconstruct` does.
+    A layer that the images cannot determine, or whose matrices would take too much memory (more than 10,240 weights for
+    each output), is not reconstructed but left as it is, and the report says so. The model and `small` are unchanged,
+    and what comes back is in train or eval mode where `small` is, module by module.
+
+    Raises: ValueError if there are fewer than 16 images, or if activations are not finite.
     """
     config = config or RepairConfig()
-    if calibration.num_images < FEWEST:
-        raise ValueError(f"a repair needs at least {FEWEST} images to measure by, {calibration.num_images} are given")
-    best, loss_cut = replica(small, {}).eval(), held_out_loss(small, calibration)
+    refusal = too_few(calibration.num_images)
+    if refusal is not None:
+        raise ValueError(refusal)
+    best = replica(small, {}).eval()
+    loss_cut, num_held_out = held_out_loss(best, calibration)
     loss, tried = loss_cut, []
+    notes: list[str] = []
     for step in (step for step in STEPS if step in config.steps):
         network = replica(best, {})
         if step == "absorb":
             absorb(model, network, plan, calibration.example)
         elif step == "reconstruct":
-            reconstruct(model, network, plan, calibration)
+            systems = systems_of(network, calibration.example)
+            left = left_of(systems, calibration.num_images - num_held_out)
+            reconstruct(model, network, plan, calibration, left)
+            notes += said(systems, left, calibration.num_images)
         else:
-            recalibrate(network, calibration)
-        after = held_out_loss(network, calibration)
+            single = recalibrate(network, calibration)
+            if single:
+                notes.append(
+                    f"recalibrate: {few([repr(name) for name in single])} met a chunk of a single value for each "
+                    "channel, and normalised it by the running statistics; more images have none"
+                )
+        after, _ = held_out_loss(network, calibration)
         is_kept = after < loss or not config.auto
         tried.append(Tried(step, after, is_kept))
         if is_kept:
@@ -110,6 +131,8 @@ def repair(
     if config.balance and any(step.is_kept for step in tried):
         network = replica(best, {})
         balance(network, calibration)
-        is_balanced = abs(held_out_loss(network, calibration) - loss) <= SAME_LOSS * max(1.0, loss)
+        is_balanced = abs(held_out_loss(network, calibration)[0] - loss) <= SAME_LOSS * max(1.0, loss)
         best = network if is_balanced else best
-    return best, Repair(loss_cut, tuple(tried), is_balanced)
+    for module, old in zip(best.modules(), small.modules(), strict=True):
+        module.training = old.training
+    return best, Repair(loss_cut, tuple(tried), is_balanced, tuple(notes))
