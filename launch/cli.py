@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from netslim.data import check_batch_size, prepare
+from netslim.data import prepare
 from netslim.launch.batch import submit_run
 from netslim.launch.compare import compare_runs
 from netslim.launch.config import RunConfig, run_directory
@@ -15,6 +15,7 @@ from netslim.launch.mistakes import LOST_RANK, end_at_once, guarded
 from netslim.launch.presets import list_presets, read_preset
 from netslim.launch.recipe import COMMANDS_VARIABLE
 from netslim.launch.run import (
+    check_batch,
     check_network,
     claim,
     commands_of,
@@ -85,7 +86,7 @@ def run_stages(preset: str, config: RunConfig, commands: Sequence[str], flags: S
     """Check, start the processes, wait for them, print the table."""
     num_processes = count_processes(config)
     check_network(config)
-    check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
+    check_batch(config, num_processes)
     directory = run_directory(preset, config)
     claim(directory, preset, config)
     paths = [stage.directory(directory) for stage in stages_of(commands, config)]

@@ -3,7 +3,17 @@
 from netslim.prune.choose import Origin, Plan, Rules, choose_zeros, make_plan
 from netslim.prune.cut import carry, cut, embed, largest_difference, masked, norm_of, prove, scales_of
 from netslim.prune.map import ChannelMap, Coupling, map_channels
-from netslim.prune.repair import Calibration, Chunk, Repair, RepairConfig, absorb, chunk_size, repair
+from netslim.prune.repair import (
+    Calibration,
+    Chunk,
+    Repair,
+    RepairConfig,
+    absorb,
+    chunk_size,
+    foreseen,
+    repair,
+    too_few,
+)
 from netslim.prune.scores import score_channels
 from netslim.prune.ship import (
     Cost,
@@ -44,6 +54,7 @@ __all__ = [
     "embed",
     "export",
     "folded",
+    "foreseen",
     "largest_difference",
     "latency",
     "load",
@@ -61,4 +72,5 @@ __all__ = [
     "scales_of",
     "score_channels",
     "slim",
+    "too_few",
 ]

@@ -4,7 +4,16 @@ from netslim.train.evaluate import Evaluation, evaluate
 from netslim.train.loop import fit
 from netslim.train.models import ModelConfig, build_model, check_model, model_names
 from netslim.train.optim import FitConfig, learning_rate, make_optimizer, travel
-from netslim.train.ranks import EngineConfig, LostRankError, Runtime, check_devices, num_gpus, weights_digest
+from netslim.train.ranks import (
+    EngineConfig,
+    LostRankError,
+    Runtime,
+    check_devices,
+    check_values,
+    few_images,
+    num_gpus,
+    weights_digest,
+)
 from netslim.train.record import Record, RecordConfig
 from netslim.train.saved import CheckpointConfig, Preempted, Saver, Snapshot, Store
 from netslim.train.sparsity import GammaPenalty, SparsityConfig, describe_pull, gamma_summary, soft_threshold_
@@ -28,8 +37,10 @@ __all__ = [
     "build_model",
     "check_devices",
     "check_model",
+    "check_values",
     "describe_pull",
     "evaluate",
+    "few_images",
     "fit",
     "gamma_summary",
     "learning_rate",

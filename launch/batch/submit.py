@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from netslim.data import check_batch_size
 from netslim.launch.batch.script import Script, batch_script
 from netslim.launch.batch.slurm import (
     Shape,
@@ -18,7 +17,7 @@ from netslim.launch.batch.slurm import (
 )
 from netslim.launch.config import RunConfig, run_directory
 from netslim.launch.presets import list_presets, read_preset
-from netslim.launch.run import check_network, claim
+from netslim.launch.run import check_batch, check_network, claim
 
 SCRIPT = "submit.sh"
 
@@ -52,7 +51,7 @@ def submit_run(arguments: Sequence[str], description: str) -> int:
 def check_run(config: RunConfig, shape: Shape) -> None:
     """Raise ValueError for what would only fail once the job runs, as far as it can be seen from a login node."""
     check_network(config)
-    check_batch_size(config.data.batch_size, shape.world_size, config.engine.accumulation)
+    check_batch(config, shape.world_size)
 
 
 def script_of_run(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from netslim.data import open_source
 from netslim.launch.config import RunConfig
-from netslim.prune import cautions, map_channels, open_gammas
-from netslim.train import build_model, describe_pull, travel
+from netslim.prune import cautions, foreseen, map_channels, open_gammas
+from netslim.train import build_model, describe_pull, few_images, num_gpus, travel
 
 
 def describe(config: RunConfig, *, is_trained: bool = False) -> str:
@@ -29,17 +29,29 @@ def describe(config: RunConfig, *, is_trained: bool = False) -> str:
     if coupling == "select":
         lines.append(channels.count(coupling))
     lines += [f"warning: {line}" for line in cautions(model, channels, coupling)]
+    try:
+        num_images, missing = len(open_source(replace(config.data, download=False)).train), ""
+    except (ValueError, OSError) as error:
+        num_images, missing = 0, str(error)
+    if num_images and config.repair.steps:
+        by = min(num_images, config.repair.images)
+        lines += [f"warning: {line}" for line in foreseen(model, torch.zeros(1, 3, size, size), by)]
     if not is_trained:
-        lines += ["", _predict_pull(config, open_gammas(model, channels, config.prune.rules))]
+        images = few_images(config.data.batch_size, _num_processes(config), config.engine)
+        lines += [f"warning: {images}"] if images else []
+        lines += ["", _predict_pull(config, open_gammas(model, channels, config.prune.rules), num_images, missing)]
     return "\n".join(lines)
 
 
-def _predict_pull(config: RunConfig, gammas: Sequence[Tensor]) -> str:
+def _num_processes(config: RunConfig) -> int:
+    """How many processes a run would have here, whether or not this machine can have so many."""
+    return config.num_processes or (1 if config.cpu else max(1, num_gpus()))
+
+
+def _predict_pull(config: RunConfig, gammas: Sequence[Tensor], num_images: int, missing: str) -> str:
     """Whether the schedule can bring the gammas to zero, where the images are at hand: their number sets the steps."""
-    try:
-        num_images = len(open_source(replace(config.data, download=False)).train)
-    except (ValueError, OSError) as error:
-        return f"whether lambda can bring the gammas to zero depends on the number of training images: {error}"
+    if not num_images:
+        return f"whether lambda can bring the gammas to zero depends on the number of training images: {missing}"
     line, is_warning = describe_pull(
         gammas, config.sparsity.weight, travel(config.sparsify, num_images // config.data.batch_size)
     )

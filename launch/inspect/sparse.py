@@ -25,6 +25,7 @@ from netslim.prune import (
     plan_network,
     repair,
     score_channels,
+    too_few,
 )
 from netslim.train import describe_pull, evaluate, travel
 
@@ -78,7 +79,10 @@ def try_ratio(
     try:
         plan = plan_network(model, channels, example[:1], ratio, rules, scores)
         small = cut(model, plan)
-        repaired, report = repair(model, small, plan, calibration, config)
+        repaired, steps = small, []
+        if too_few(calibration.num_images) is None:
+            repaired, report = repair(model, small, plan, calibration, config)
+            steps = list(report.kept)
     except ValueError as error:
         return {"ratio": ratio, "refused": str(error)}
     price = cost(small, example[:1])
@@ -86,7 +90,7 @@ def try_ratio(
         "ratio": ratio,
         "cut": accuracy(small),
         "repaired": accuracy(repaired),
-        "steps": list(report.kept),
+        "steps": steps,
         "params": price.params,
         "macs": price.macs,
     }

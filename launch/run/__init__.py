@@ -35,7 +35,7 @@ from netslim.launch.run.stage import (
     StageName,
     passes_to,
 )
-from netslim.launch.run.starting import check_network, enter, start, work_each
+from netslim.launch.run.starting import check_batch, check_network, enter, start, work_each
 
 __all__ = [
     "COMMANDS",
@@ -52,6 +52,7 @@ __all__ = [
     "Pass",
     "Stage",
     "StageName",
+    "check_batch",
     "check_network",
     "claim",
     "commands_of",

@@ -97,9 +97,14 @@ class Job:
         shared = self.calibrate(Shard(self.run.rank, self.run.world_size))
         return replace(shared, sum_over_ranks=self.run.sum_over_ranks, show=self.show)
 
+    @property
+    def num_calibration(self) -> int:
+        """Training images to repair by."""
+        return min(self.config.repair.images, self.loaders.info.num_train)
+
     def calibrate(self, shard: Shard) -> Calibration:
         """Training images to repair by, of which this process reads its share."""
-        num_images = min(self.config.repair.images, self.loaders.info.num_train)
+        num_images = self.num_calibration
         loader = open_calibration(
             self.config.data,
             self.loaders.info,

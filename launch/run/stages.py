@@ -3,13 +3,26 @@
 import time
 from dataclasses import replace
 
+from torch import nn
+
 from netslim.launch.config import PruneConfig
 from netslim.launch.run.inflight import InFlight
 from netslim.launch.run.job import Job
 from netslim.launch.run.runner import Made, Training
 from netslim.launch.run.stage import Kind, Pass, Stage
 from netslim.launch.run.summary import channel_rows, picture_cut
-from netslim.prune import Plan, cautions, cut, cut_proved, map_channels, open_gammas, repair
+from netslim.prune import (
+    Plan,
+    cautions,
+    cut,
+    cut_proved,
+    foreseen,
+    map_channels,
+    open_gammas,
+    repair,
+    too_few,
+)
+from netslim.train import few_images
 from netslim.train.models import initialise
 
 
@@ -30,8 +43,18 @@ def sparsify(job: Job, stage: Stage) -> Made:
         slimming = InFlight(dense, model, plan, channels, rules, config.sparsity, job.run, example, most)
     says = "; ".join([*start, channels.summary(rules.coupling)])
     warns = cautions(dense, channels, rules.coupling)
+    if stage.turn.number == 1:
+        warns += _foreseen(job, dense)
     training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says, warns=warns)
     return Made(model=model, plan=plan, training=training)
+
+
+def _foreseen(job: Job, dense: nn.Module) -> list[str]:
+    """What shapes and counts alone tell of the stages to come, before hours of training."""
+    config = job.config
+    images = few_images(config.data.batch_size, job.run.world_size, config.engine)
+    repairs = foreseen(dense, job.blank_image, job.num_calibration) if config.repair.steps else []
+    return [*([images] if images else []), *repairs]
 
 
 def _most_in_flight(config: PruneConfig, turn: Pass) -> float:
@@ -90,6 +113,21 @@ def restore(job: Job, stage: Stage) -> Made:
     started = time.perf_counter()
     before, cut_off = stage.sources(job.config)
     sparse, small, plan = job.read_sparse(before), job.read(cut_off), job.read_plan(cut_off)
+    refusal = too_few(job.num_calibration)
+    if refusal is not None:
+        return Made(
+            model=small,
+            plan=plan,
+            metrics={
+                "loss_cut": None,
+                "loss_repaired": None,
+                "steps": [],
+                "num_images": job.num_calibration,
+                "repair_seconds": None,
+                "plan_digest": plan.digest,
+            },
+            says=lambda accuracy: f"left as it was cut: {refusal}; accuracy {accuracy:.4f}",
+        )
     repaired, outcome = repair(sparse, small, plan, job.calibration, job.config.repair)
     job.run.check_equal(repaired, f"after the repair at ratio {stage.ratio}")
     seconds = time.perf_counter() - started

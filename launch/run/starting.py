@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
+import torch
+
 from netslim.data import DataConfig, DataInfo, Loaders, Shard, check_batch_size, open_loaders, open_source, prepare
 from netslim.launch.config import RunConfig, run_directory
 from netslim.launch.presets import list_presets, read_preset
 from netslim.launch.run.directory import PREEMPTED_MARK, claim, occupied
 from netslim.launch.run.job import Job
 from netslim.launch.run.processes import count_processes, end_with_launcher, keep_freed_memory, launch
-from netslim.train import Preempted, Runtime, check_model, num_gpus
+from netslim.train import Preempted, Runtime, build_model, check_model, check_values, num_gpus
 
 Work = Callable[[Job], None]
 """What all ranks of a run do together."""
@@ -52,6 +54,18 @@ def start(
 def check_network(config: RunConfig) -> None:
     """Raise ValueError for a network that cannot be built, or weights of another one, before anything is written."""
     check_model(config.model, _num_classes(config.data) if config.model.weights else None)
+
+
+def check_batch(config: RunConfig, num_processes: int) -> None:
+    """Raise ValueError for a batch that cannot be shared by so many processes, or that leaves a BatchNorm too little.
+
+    Call `check_network` before.
+    """
+    batch_size, engine = config.data.batch_size, config.engine
+    check_batch_size(batch_size, num_processes, engine.accumulation)
+    if batch_size == num_processes * engine.accumulation:  # else no process has a single image at a time
+        model = build_model(config.model.anew, num_classes=10, seed=config.seed)
+        check_values(model, torch.zeros(1, 3, config.data.size, config.data.size), batch_size, num_processes, engine)
 
 
 def _num_classes(config: DataConfig) -> int | None:
@@ -113,7 +127,7 @@ def _work_one(
 
 def open_job(preset: str, config: RunConfig, info: DataInfo, run: Runtime, loaders: Loaders | None = None) -> Job:
     """Claim the run's directory and open this rank's share of the images, where no run before has opened it."""
-    check_batch_size(config.data.batch_size, run.world_size, config.engine.accumulation)  # before anything is written
+    run.on_main(lambda: check_batch(config, run.world_size))  # before anything is written
     directory = run_directory(preset, config)
     run.on_main(lambda: claim(directory, preset, config))
     loaders = loaders or open_loaders(

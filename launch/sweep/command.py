@@ -8,13 +8,13 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from netslim.data import check_batch_size, prepare
+from netslim.data import prepare
 from netslim.launch.batch import SlurmConfig, describe_flags, queued, split_flags
 from netslim.launch.config import RunConfig, differences, to_dict
 from netslim.launch.mistakes import INTERRUPTED, PREEMPTED
 from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
 from netslim.launch.reading import read_flags
-from netslim.launch.run import METRICS, PREEMPTED_MARK, check_network, count_processes, launch, read_row
+from netslim.launch.run import METRICS, PREEMPTED_MARK, check_batch, check_network, count_processes, launch, read_row
 from netslim.launch.sweep.grid import INDEX, Member, Sweep
 from netslim.launch.sweep.jobs import submit_members
 from netslim.launch.tables import aligned, printable
@@ -131,7 +131,7 @@ def grid(config: SweepConfig, base: RunConfig) -> list[Member]:
 def run_members(sweep: Sweep, compare: Compare) -> int:
     """Run what is not done here, one member after the other; a member that fails does not keep the others from it."""
     num_processes = count_processes(sweep.base)
-    check_batch_size(sweep.base.data.batch_size, num_processes, sweep.base.engine.accumulation)
+    check_batch(sweep.base, num_processes)
     todo = [member for member in sweep.members if not sweep.is_done(member)]
     sweep.make(todo)
     sweep.write()

@@ -7,6 +7,7 @@ No step is a training step: labels only judge, nothing is fitted to them. Images
 from netslim.prune.repair.absorption import absorb
 from netslim.prune.repair.calibration import Calibration, Chunk, chunk_size
 from netslim.prune.repair.elimination import elimination_scores
+from netslim.prune.repair.foresight import foreseen, too_few
 from netslim.prune.repair.steps import Repair, RepairConfig, repair
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "absorb",
     "chunk_size",
     "elimination_scores",
+    "foreseen",
     "repair",
+    "too_few",
 ]

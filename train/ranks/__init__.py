@@ -8,6 +8,7 @@ from netslim.train.ranks.engine import EngineConfig, check_devices, num_gpus
 from netslim.train.ranks.group import LostRankError, weights_digest
 from netslim.train.ranks.masters import Fragment, Masters, whole
 from netslim.train.ranks.runtime import Runtime
+from netslim.train.ranks.shares import check_values, few_images
 from netslim.train.ranks.statistics import combined, freeze, synchronise
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "Masters",
     "Runtime",
     "check_devices",
+    "check_values",
     "combined",
+    "few_images",
     "freeze",
     "num_gpus",
     "synchronise",
