@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_prune_nets import EXAMPLE, Residual, scramble
+from torch.optim import lr_scheduler
 
 from netslim.prune import carry, make_plan, map_channels, masked
 from netslim.prune.cut.surgery import cut
@@ -84,6 +85,80 @@ def test_the_old_optimizer_and_its_hooks_stay_where_they_were():
     for key, state in before["state"].items():
         assert torch.equal(state["momentum_buffer"], after["state"][key]["momentum_buffer"])
     assert not carried._optimizer_step_pre_hooks
+
+
+def rates(optimizer, scheduler, count=8):
+    """The learning rates of the next steps."""
+    found = []
+    for _ in range(count):
+        optimizer.step()
+        scheduler.step()
+        found.append([group["lr"] for group in optimizer.param_groups])
+    return found
+
+
+def chained(optimizer):
+    parts = [lr_scheduler.LinearLR(optimizer, total_iters=2), lr_scheduler.CosineAnnealingLR(optimizer, 8)]
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[4])
+
+
+SCHEDULERS = {
+    "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 12),
+    "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 0.1, step_size_up=3),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "sequential": chained,
+}
+
+
+@pytest.mark.parametrize("num_before", [0, 3])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_that_is_carried_gives_the_new_optimizer_the_rates_that_the_old_would_have_had(name, num_before):
+    model, optimizer, plan = trained(OPTIMIZERS["sgd"], "group")
+    scheduler = SCHEDULERS[name](optimizer)
+    rates(optimizer, scheduler, num_before)
+    before = [group["lr"] for group in optimizer.param_groups], scheduler.last_epoch
+    small = cut(model, plan)
+    carried, new = carry(optimizer, model, small, plan, scheduler)
+    assert new.optimizer is carried
+    have = rates(carried, new)
+    assert ([group["lr"] for group in optimizer.param_groups], scheduler.last_epoch) == before
+    assert scheduler.optimizer is optimizer
+    assert have == rates(optimizer, scheduler)
+    assert len({tuple(each) for each in have}) > 1
+
+
+def test_a_scheduler_that_stays_with_the_old_optimizer_is_said():
+    model, optimizer, plan = trained(OPTIMIZERS["sgd"], "group")
+    small = cut(model, plan)
+    carry(optimizer, model, small, plan)  # warnings are errors
+    scheduler = lr_scheduler.StepLR(optimizer, 2)
+    with pytest.warns(UserWarning, match=r"will not step the one that comes back; carry it too, by carry\(\.\.\., sch"):
+        carry(optimizer, model, small, plan)
+    other = torch.optim.SGD(small.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="the scheduler steps another optimizer"):
+        carry(other, small, small, plan, scheduler)
+
+
+def test_a_penalty_acts_again_once_it_is_attached_to_the_carried_optimizer():
+    model, optimizer, plan = trained(OPTIMIZERS["sgd"], "group")
+    GammaPenalty(model, weight=0.1).attach(optimizer)
+    small = cut(model, plan)
+    gammas = [module.weight for module in small.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    moved = []
+    for attach in (False, True):
+        carried = carry(optimizer, model, small, plan)
+        if attach:
+            GammaPenalty(small, weight=0.1).attach(carried)
+        before = gammas[0].detach().clone()
+        for parameter in small.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        carried.step()
+        moved.append(gammas[0].detach() - before)
+        with torch.no_grad():
+            gammas[0].copy_(before)
+    assert torch.allclose(moved[1] - moved[0], -0.01 * 0.1 * (1 + 0.9) * before.sign())  # lr, lambda, Nesterov
 
 
 def test_an_optimizer_of_another_network_is_refused():

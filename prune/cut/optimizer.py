@@ -3,22 +3,55 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from netslim.prune.choose import Plan
 from netslim.prune.cut.resize import OWN, fitting_layers, sliced, trimmed
 
+Scheduler = TypeVar("Scheduler", bound=LRScheduler)
 
-def carry(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+
+@overload
+def carry(
+    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, plan: Plan
+) -> torch.optim.Optimizer: ...
+
+
+@overload
+def carry(
+    optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, plan: Plan, scheduler: Scheduler
+) -> tuple[torch.optim.Optimizer, Scheduler]: ...
+
+
+def carry(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    scheduler: LRScheduler | None = None,
+) -> torch.optim.Optimizer | tuple[torch.optim.Optimizer, LRScheduler]:
     """Make the optimizer of `small = cut(model, plan)` with the state of the model's: momentum, moments, step counts.
 
-    State of a parameter's shape is sliced as the parameter is; groups and their settings stay. Hooks, such as those of
-    a penalty on gammas, are not carried: attach them again. The optimizer and the model are unchanged.
+    State of a parameter's shape is sliced as the parameter is; groups and their settings stay. The optimizer, the model
+    and the scheduler are unchanged.
 
-    Raises: ValueError if the plan is of another network, or if the optimizer holds parameters that are not the model's.
+    A scheduler goes on stepping the optimizer that it was made for, and so the old one. Given here, it is carried too:
+    the copy stands where it stands and steps the new optimizer. Where one was made for the optimizer and none is given,
+    a warning says so. Hooks are not carried: a penalty on gammas no longer acts, until one of the small network's is
+    attached to the new optimizer.
+
+    Args: scheduler, of torch.optim.lr_scheduler, also one made of several.
+    Returns: the optimizer, and with a scheduler both.
+    Raises: ValueError if the plan is of another network, if the optimizer holds parameters that are not the model's, or
+    if the scheduler steps another optimizer.
     """
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError("the scheduler steps another optimizer; carry the one that was made for this optimizer")
     layers = fitting_layers(model, plan)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts = {part.name: part for part in plan.slices}
@@ -41,4 +74,21 @@ def carry(optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, 
                     whole = memo.get(id(value), value)
                     assert isinstance(whole, Tensor), "so it is put there"
                     memo[id(value)] = trimmed(whole, trim)
-    return copy.deepcopy(optimizer, memo)
+    carried = copy.deepcopy(optimizer, memo)
+    if scheduler is not None:
+        _Unchanged(carried)
+        return carried, copy.deepcopy(scheduler, {**memo, id(optimizer): carried})
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        warnings.warn(
+            "a scheduler was made for this optimizer and will not step the one that comes back; carry it too, by "
+            "carry(..., scheduler=scheduler), or make a new one",
+            stacklevel=2,
+        )
+    return carried
+
+
+class _Unchanged(LRScheduler):
+    """Changes no learning rate; to make one tells the optimizer that a scheduler counts on its steps."""
+
+    def get_lr(self) -> list[Any]:
+        return [group["lr"] for group in self.optimizer.param_groups]
