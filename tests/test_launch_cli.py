@@ -1,5 +1,6 @@
 """The command line: what a user sees for help, and for each mistake."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 from netslim.launch.cli import COMMANDS, dispatch
 from netslim.launch.config import RunConfig
 from netslim.launch.inspect.describe import describe
+from netslim.launch.run import read_rows
 from netslim.launch.run.directory import claim
 from netslim.train import ModelConfig
 
@@ -48,6 +50,23 @@ def folder(tmp_path: Path) -> Path:
                     directory / f"{number}.png"
                 )
     return tmp_path / "images"
+
+
+def flags_of_few(root: Path, count: int) -> list[object]:
+    """Flags of a small run in one process on so many training images, made here in a folder."""
+    generator = np.random.default_rng(0)
+    for split, num in (("train", count), ("test", 8)):
+        for number in range(num):
+            directory = root / "images" / split / ("cat", "dog")[number % 2]
+            directory.mkdir(parents=True, exist_ok=True)
+            image = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(image).save(directory / f"{number}.png")
+    return [
+        *("digits", "--run-dir", root / "run", "--data.cache", root / "cache", "--num-processes", 1),
+        *("--data.source", "folder", "--data.root", root / "images", "--data.loader", "torch", "--data.num-workers", 0),
+        *("--data.size", 16, "--data.batch-size", 4, "--sparsify.epochs", 1, "--finetune.epochs", 1),
+        *("--prune.ratio", 0.5, "--record.wandb", "disabled"),
+    ]
 
 
 def assert_one_line(error: str, *parts: str) -> None:
@@ -278,3 +297,54 @@ def test_a_network_without_batch_norm_is_refused(netslim: Netslim, tiny: list[ob
     code, error = netslim("run", *tiny, "--model.name", "squeezenet1_1", "--model.width", 1, "--data.size", 32)
     assert code == 2
     assert "no BatchNorm" in error
+
+
+@pytest.mark.parametrize(
+    ("count", "before", "after"),
+    [
+        (
+            138,
+            r"reconstruct leaves \d of 9 layers as they are: .* weights for each output, more than 138 images",
+            "of 9",
+        ),
+        (
+            12,
+            "cut networks will not be repaired: a repair needs at least 16 images .* 12 are given",
+            "left as it was cut",
+        ),
+    ],
+)
+def test_a_run_with_few_training_images_ends_well_and_says_before_it_trains_what_repair_will_leave(
+    count: int,
+    before: str,
+    after: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # for the order of what they say
+    flags = [str(flag) for flag in flags_of_few(tmp_path, count)]
+    assert dispatch(["inspect", *flags]) == 0
+    assert re.search(f"warning: {before}", capfd.readouterr().out)
+    assert dispatch(["run", *flags]) == 0
+    printed = capfd.readouterr().out
+    said, trained = re.search(f"sparse: warning: {before}", printed), re.search("sparse: epoch 1/1", printed)
+    assert said is not None
+    assert trained is not None
+    assert said.start() < trained.start()
+    assert len(re.findall(f"warning: {before}", printed)) == 1
+    assert "sparse: warning: each BatchNorm normalises by 4 images (batch 4)" in printed
+    assert re.search(f"repair-0.50: .*{after}", printed)
+    rows = {row["stage"]: row for row in read_rows(tmp_path / "run")}
+    assert rows["finetuned"]["accuracy"] >= 0
+    assert dispatch(["inspect", str(tmp_path / "run"), "--inspect.ratios", "0.5"]) == 0
+    (row,) = json.loads((tmp_path / "run" / "inspect.json").read_text())["ratios"]
+    assert row["repaired"] == rows["repaired"]["accuracy"]
+
+
+def test_sixteen_calibration_images_are_enough_for_a_repair_at_maps_of_one_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = [str(flag) for flag in (*flags_of_few(tmp_path, 40), "--repair.images", 16, "--repair.no-auto")]
+    assert dispatch(["run", *flags]) == 0
+    assert "met a chunk of a single value for each channel" in capfd.readouterr().out

@@ -11,7 +11,7 @@ from netslim.launch.cli import dispatch
 from netslim.launch.mistakes import guarded
 from netslim.launch.presets import digits
 from netslim.launch.reading import parse
-from netslim.train import ModelConfig, build_model, check_model
+from netslim.train import EngineConfig, ModelConfig, build_model, check_model, check_values
 
 MODULE = """
 import torch
@@ -37,6 +37,10 @@ def any_keyword(**options):
 
 def a_number(num_classes=10):
     return num_classes
+
+def flat(num_classes=10):
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, num_classes))
 
 constant = 3
 """
@@ -113,6 +117,48 @@ def test_a_function_that_does_not_work_ends_the_command_in_one_line_before_any_w
     for part in parts:
         assert part in error
     assert {path for path in Path().rglob("*") if "__pycache__" not in path.parts} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--num-processes", "2", "--data.batch-size", "2"], ["(batch 2 over 2 processes)", "--data.batch-size 4"]),
+        (["--num-processes", "1", "--data.batch-size", "1"], ["(batch 1)", "--data.batch-size 2"]),
+        (
+            ["--num-processes", "2", "--data.batch-size", "4", "--engine.accumulation", "2"],
+            ["(batch 4 over 2 processes in 2 accumulation steps)", "--data.batch-size 8"],
+        ),
+    ],
+)
+def test_a_batch_that_leaves_a_batchnorm_one_value_for_each_channel_is_refused_before_any_work(
+    flags: list[str], parts: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    code = guarded(lambda: dispatch(["run", "digits", "--model", "ownpkg.nets:flat", "--run-dir", "run", *flags]))
+    printed, error = capfd.readouterr()
+    assert (code, printed) == (2, "")
+    assert error.count("\n") == 1, error
+    for part in ("BatchNorm '6' would normalise by one image", *parts):
+        assert part in error
+    assert not Path("run").exists()
+
+
+def test_a_single_image_is_enough_where_every_batchnorm_sees_several_places_or_is_frozen() -> None:
+    places, alone = (build_model(ModelConfig(name=f"ownpkg.nets:{name}"), 10, 0) for name in ("build", "flat"))
+    image, state = torch.zeros(1, 3, 8, 8), torch.get_rng_state()
+    for model in (places, alone):
+        model.eval()[1].train()
+        before = [module.training for module in model.modules()], model[1].running_mean.clone()
+        if model is alone:
+            check_values(model, image, 2, 2, EngineConfig(batch_norm="frozen"))
+            check_values(model, image, 4, 2, EngineConfig())
+            with pytest.raises(ValueError, match=r"use at least --data\.batch-size 4"):
+                check_values(model, image, 2, 2, EngineConfig())
+        else:
+            check_values(model, image, 2, 2, EngineConfig())
+        assert [module.training for module in model.modules()] == before[0]
+        assert torch.equal(model[1].running_mean, before[1])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_width_for_a_users_network_is_refused_with_the_remedy() -> None:

@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from netslim.train import EngineConfig, LostRankError, Runtime
+from netslim.train import EngineConfig, LostRankError, Runtime, few_images
 
 
 def fail(message: str) -> None:
@@ -107,3 +107,31 @@ def test_a_rank_that_runs_but_does_not_come_is_named_and_ended(tmp_path: Path) -
         run_ranks(hang, 2, tmp_path)
     said = torch.load(tmp_path / "result-0.pt")
     assert said == "the start, a test: rank 1 did not answer within 6 s (last seen in the start)"
+
+
+def test_fewer_than_16_images_for_each_batchnorm_are_said_with_what_helps() -> None:
+    line = few_images(64, 8, EngineConfig())
+    assert line is not None
+    assert line.startswith("each BatchNorm normalises by 8 images (batch 64 over 8 processes)")
+    for remedy in ("--num-processes 4", "--engine.batch-norm sync", "--data.batch-size 128"):
+        assert remedy in line
+    assert few_images(64, 4, EngineConfig()) is None
+    assert few_images(16, 8, EngineConfig(batch_norm="sync")) is None
+    assert few_images(2, 1, EngineConfig(batch_norm="frozen")) is None
+
+
+def test_what_cannot_help_is_not_recommended_where_batchnorms_see_few_images() -> None:
+    line = few_images(8, 1, EngineConfig())
+    assert line is not None
+    assert "use a larger batch (--data.batch-size 16)" in line
+    assert "processes" not in line
+    line = few_images(64, 2, EngineConfig(accumulation=4))
+    assert line is not None
+    assert "normalises by 8 images (batch 64 over 2 processes in 4 accumulation steps)" in line
+    assert "--num-processes 1" in line
+    assert "--engine.accumulation" in line
+    assert "--data.batch-size 128" in line
+    line = few_images(6, 3, EngineConfig())
+    assert line is not None
+    assert "--num-processes" not in line  # even one process would have too few
+    assert "--data.batch-size 48" in line
