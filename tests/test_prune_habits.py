@@ -14,6 +14,7 @@ from test_prune_nets import block, scramble
 from test_prune_record import script
 from torch import Tensor, nn
 
+from netslim import prune
 from netslim.prune import ChannelMap, cut, largest_difference, make_plan, map_channels, slim
 
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -263,3 +264,50 @@ def test_outputs_in_objects_of_any_kind_are_compared():
             return {"features": y, "none": None, "out": self.head(self.b(y).mean((2, 3)))}.values()
 
     assert found(map_channels(Several(nn.ReLU()), EXAMPLE)) == {"a.1": 0, "b.1": 6}
+
+
+def seen_of(model: nn.Module) -> list[Any]:
+    """What a user may count on finding again: modes, what is trained, gradients, weights and statistics, hooks."""
+    return [
+        [(module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()],
+        [(p.requires_grad, None if p.grad is None else p.grad.tolist()) for p in model.parameters()],
+        {name: value.tolist() for name, value in model.state_dict().items()},
+    ]
+
+
+USES: dict[str, Callable[..., Any]] = {
+    "map": lambda model, small, plan, images: map_channels(model, images.example),
+    "slim": lambda model, small, plan, images: slim(model, images.example, ratio=0.4),
+    "cut": lambda model, small, plan, images: cut(model, plan),
+    "prove": lambda model, small, plan, images: prune.prove(model, small, plan, images.example),
+    "masked": lambda model, small, plan, images: prune.masked(model, plan),
+    "embed": lambda model, small, plan, images: prune.embed(model, small, plan),
+    "repair": prune.repair,
+    "score": lambda model, small, plan, images: slim(
+        model, images.example, ratio=0.4, score="reconstruction", calibration=images
+    ),
+    "foreseen": lambda model, small, plan, images: prune.foreseen(model, images.example, 100),
+    "cost": lambda model, small, plan, images: prune.cost(model, images.example),
+    "latency": lambda model, small, plan, images: prune.latency(model, images.example[:1]),
+    "folded": lambda model, small, plan, images: prune.folded(model, images.example),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_no_function_changes_modes_gradients_or_what_is_trained_of_the_networks_that_it_is_given(use: str) -> None:
+    torch.manual_seed(0)
+    model = scramble(nn.Sequential(block(3, 8), block(8, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)))
+    model[0].eval()
+    model[1][1].weight.requires_grad_(False)
+    images = prune.Calibration.of(torch.randn(64, 3, 16, 16), torch.randint(0, 5, (64,)))
+    channels = map_channels(model, images.example)
+    plan = make_plan(channels.named_gammas(model), channels, ratio=0.4)
+    small = cut(model, plan)
+    for network in (model, small):
+        with torch.enable_grad():
+            network[0](images.example).sum().backward()
+    before, state = [seen_of(network) for network in (model, small)], torch.get_rng_state()
+    USES[use](model, small, plan, images)
+    assert [seen_of(network) for network in (model, small)] == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.is_grad_enabled()
