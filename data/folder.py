@@ -1,113 +1,190 @@
-"""Any folder of images, one sub-folder per class; and how one image becomes a square of pixels."""
+"""Any folder of images, one sub-folder per class: which files are images, and what is left out."""
 
 import hashlib
-import io
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+from netslim.data.pixels import Reading, Seen, read, suffixes
 
-
-def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """`image` as `(size, size, 3)` uint8: the shorter side resized to `size`, then the centre cut out."""
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    width, height = image.size
-    if min(width, height) != size:
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - size) // 2, (height - size) // 2
-    if (width, height) != (size, size):
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image)
+TESTS = ("test", "val", "valid", "validation")
+"""Folders of the images to test with; the first that is there."""
+_MOST_KINDS = 6  # of files left out that are named
+_MOST_CLASSES = 5
 
 
 @dataclass(frozen=True)
 class FolderSplit:
-    """Image files, decoded when asked for. Raises ValueError, naming the file, for one that cannot be read."""
+    """Image files, decoded when asked for. Raises UnreadableError, naming the file, for one that cannot be read."""
 
     root: str
     names: list[str]  # relative to root
     labels: list[int]
-    size: int
+    reading: Reading
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        path = os.path.join(self.root, self.names[index])
-        try:
-            with open(path, "rb") as file:
-                # In one read: Pillow's many small ones pass Python's lock around, twice as slow with two threads.
-                content = io.BytesIO(file.read())
-            with Image.open(content) as image:
-                return square(image, self.size), self.labels[index]
-        # Pillow's plug-ins raise all of these, by format, for truncated or foreign files.
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {path} cannot be read ({error}); replace it or remove it") from error
+        pixels, label, _ = self.read(index)
+        return pixels, label
+
+    def read(self, index: int) -> tuple[NDArray[np.uint8], int, Seen]:
+        """Pixels, label, and what the image was like."""
+        pixels, seen = read(self.path(index), self.reading)
+        return pixels, self.labels[index], seen
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder of images holds; the fingerprint is of names, sizes and times of all image files."""
+
+    train: FolderSplit
+    test: FolderSplit
+    classes: tuple[str, ...]
+    fingerprint: str
+    notes: tuple[str, ...]
+    """What was left out, in a line each."""
 
 
 def looks_like_images(root: Path) -> bool:
     """Whether `root` has the layout that the source "folder" reads."""
-    return (root / "train").is_dir() and any((root / name).is_dir() for name in ("test", "val"))
+    return (root / "train").is_dir() and any((root / name).is_dir() for name in TESTS)
 
 
-def scan(root: Path, size: int) -> tuple[FolderSplit, FolderSplit, tuple[str, ...], str]:
-    """The train split, the test split, the classes and the fingerprint (names, sizes and times of all files).
+def scan(root: Path, reading: Reading) -> Scan:
+    """Find the images of `root`, in sub-folders of the classes too.
 
-    Raises FileNotFoundError when a folder is missing, ValueError when classes are empty or differ.
+    Raises FileNotFoundError when a folder is missing, ValueError when classes are empty or differ, or there is one.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; name the folder that holds train/ with --data.root")
     if not (root / "train").is_dir():
         raise FileNotFoundError(f"no folder {root / 'train'}; images belong in train/<class>/ below --data.root")
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if test is None:
-        raise FileNotFoundError(f"neither test/ nor val/ in {root}; put images to test with in test/<class>/")
+    tests = [root / name for name in TESTS if (root / name).is_dir()]
+    if not tests:
+        raise FileNotFoundError(
+            f"neither test/ nor val/ in {root}, nor valid/ or validation/; put images to test with in test/<class>/"
+        )
+    folders = (root / "train", tests[0])
+    left = Counter[str]()
+    train, test = (_classes(folder, left) for folder in folders)
+    if train != test:
+        raise ValueError(
+            f"train/ and {tests[0].name}/ of {root} must hold the same classes; {_odd(folders, train, test)}"
+        )
+    if len(train) == 1:
+        raise ValueError(_one_class(folders[0] / train[0]))
     digest = hashlib.sha256()
-    classes = _classes(root / "train")
-    found = _classes(test)
-    if found != classes:
-        odd = sorted(set(classes) ^ set(found))
-        raise ValueError(f"train/ and {test.name}/ of {root} must hold the same classes; only one has: {odd[:5]}")
-    return (
-        _split(root / "train", classes, size, digest),
-        _split(test, classes, size, digest),
-        classes,
-        digest.hexdigest(),
-    )
+    splits = [_split(folder, train, reading, digest, left) for folder in folders]
+    notes = [f"{root} also holds {other.name}/, which is not read: {tests[0].name}/ is" for other in tests[1:]]
+    if left:
+        notes.append(f"left out of {root}: {_kinds(left)}")
+    return Scan(splits[0], splits[1], train, digest.hexdigest(), tuple(notes))
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
+def _classes(folder: Path, left: Counter[str]) -> tuple[str, ...]:
+    found = []
     with os.scandir(folder) as entries:
-        classes = tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
-    if not classes:
+        for entry in entries:
+            if entry.is_dir() and not entry.name.startswith("."):
+                found.append(entry.name)
+            else:
+                left["hidden" if entry.name.startswith(".") else "outside of all classes"] += 1
+    if not found:
         raise ValueError(f"no class folders in {folder}; images belong in {folder}/<class>/")
-    return classes
+    return tuple(sorted(found))
 
 
-def _split(folder: Path, classes: tuple[str, ...], size: int, digest: "hashlib._Hash") -> FolderSplit:
+def _odd(folders: Sequence[Path], *classes: Sequence[str]) -> str:
+    """Which classes each of two folders has alone."""
+    parts = []
+    for folder, own, other in zip(folders, classes, reversed(classes), strict=True):
+        alone = sorted({*own} - {*other})
+        more = f" and {len(alone) - _MOST_CLASSES} more" * (len(alone) > _MOST_CLASSES)
+        if alone:
+            parts.append(f"{folder.name}/ alone has {', '.join(alone[:_MOST_CLASSES])}{more}")
+    return "; ".join(parts)
+
+
+def _one_class(folder: Path) -> str:
+    with os.scandir(folder) as entries:
+        inner = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    remedy = "add the folders of the others"
+    if len(inner) > 1:
+        remedy = f"if {', '.join(inner[:_MOST_CLASSES])} in it are the classes, move them up"
+    return f"{folder.parent} holds one class alone, {folder.name}, which leaves nothing to tell apart; {remedy}"
+
+
+def _split(
+    folder: Path, classes: Sequence[str], reading: Reading, digest: "hashlib._Hash", left: Counter[str]
+) -> FolderSplit:
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        with os.scandir(folder / name) as entries:
-            files = sorted((e for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file()), key=_name)
+        others = Counter[str]()
+        files = sorted(_Walk(others).images(folder / name, f"{name}/"), key=_name)
         if not files:
-            kinds = " ".join(suffix[1:] for suffix in SUFFIXES)
-            raise ValueError(f"no images in {folder / name} (of {kinds}); add some or remove the class everywhere")
-        for entry in files:
-            status = entry.stat()
-            digest.update(f"{folder.name}/{name}/{entry.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        names += [f"{name}/{entry.name}" for entry in files]
+            why = f"it holds {_kinds(others)}" if others else "it is empty"
+            raise ValueError(f"no images in {folder / name} ({why}); add some or remove the class everywhere")
+        left.update(others)
+        for path, status in files:
+            digest.update(os.fsencode(f"{folder.name}/{path}\0{status.st_size}\0{status.st_mtime_ns}\n"))
+        names += [path for path, _ in files]
         labels += [label] * len(files)
-    return FolderSplit(str(folder), names, labels, size)
+    return FolderSplit(str(folder), names, labels, reading)
 
 
-def _name(entry: "os.DirEntry[str]") -> str:
-    return entry.name
+@dataclass(frozen=True)
+class _Walk:
+    """Through a class's folder and those below; what is no image is counted by kind."""
+
+    left: Counter[str]
+    above: set[tuple[int, int]] = field(default_factory=set)
+    """The folders that it is in: a link back to one of them would be followed for ever."""
+
+    def images(self, folder: Path | str, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+        """The path of each image, below `prefix`, and its size and time."""
+        status = os.stat(folder)
+        key = (status.st_dev, status.st_ino)
+        if key in self.above:
+            self.left["links to a folder above"] += 1
+            return
+        self.above.add(key)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    self.left["hidden"] += 1
+                elif entry.is_dir():
+                    yield from self.images(entry.path, f"{prefix}{entry.name}/")
+                elif not entry.is_file():
+                    self.left["broken links" if entry.is_symlink() else "no regular files"] += 1
+                elif _suffix(entry.name) in suffixes():
+                    yield f"{prefix}{entry.name}", entry.stat()
+                else:
+                    self.left[_suffix(entry.name) or "without a suffix"] += 1
+        self.above.remove(key)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _kinds(left: Counter[str]) -> str:
+    """How many of which kind, the most first."""
+    kinds = sorted(left.items(), key=lambda each: (-each[1], each[0]))
+    named = [f"{count:,} {kind}" for kind, count in kinds[:_MOST_KINDS]]
+    rest = sum(count for _, count in kinds[_MOST_KINDS:])
+    return ", ".join([*named, *([f"{rest:,} of other kinds"] if rest else [])])
+
+
+def _name(file: tuple[str, os.stat_result]) -> str:
+    return file[0]

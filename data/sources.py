@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Gt, Interval
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ConfigDict
@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from netslim.base import exclusive
 from netslim.data import folder
+from netslim.data.pixels import Fit, Reading, Seen, square
 
 SourceName = Literal["digits", "cifar10", "cifar100", "folder"]
 
@@ -32,7 +33,7 @@ class DataConfig:
     """Which images, how they are stored, and how they become batches."""
 
     source: SourceName = "digits"
-    """Image set; "folder" is any train/<class>/* with test/<class>/* or val/<class>/*."""
+    """Image set; "folder" is any train/<class>/** with test/, val/, valid/ or validation/ of the same classes."""
     root: Path | None = None
     """Folder of the images; for cifar10 and cifar100 the one that torchvision uses (default: in the cache)."""
     download: bool = False
@@ -41,6 +42,15 @@ class DataConfig:
     """Where .beton files are written and found again."""
     size: Annotated[int, Interval(ge=8, le=512)] = 32
     """Side of the stored square images, in pixels."""
+    fit: Fit = "crop"
+    """How an oblong image becomes a square. crop: its centre, by which its ends are lost; pad: all of it, with black
+    beside it; stretch: all of it, distorted."""
+    upright: bool = True
+    """Turn images as their EXIF orientation says, as viewers show them; off: as they are stored, as torchvision reads
+    them. Folder only."""
+    white: Annotated[float, Gt(0)] | None = None
+    """Value that is white in grey images of more than 8 bits or of floats, such as 4095 for 12 bits; None = by the
+    file's type: 65535 for 16 bits, 1 for floats. Folder only."""
     batch_size: Annotated[int, Ge(1)] = 128
     """Images per optimizer step, over all ranks and accumulation steps."""
     eval_batch_size: Annotated[int, Ge(1)] = 256
@@ -61,6 +71,11 @@ class DataConfig:
         if self.pad >= self.size:
             raise ValueError(f"pad {self.pad} moves images of size {self.size} out of sight; try {self.size // 8}")
 
+    @property
+    def reading(self) -> Reading:
+        """How an image becomes a square of pixels."""
+        return Reading(self.size, self.fit, self.upright, self.white)
+
 
 class Split(Protocol):
     """Images by index: `(size, size, 3)` uint8 and a label in [0, number of classes)."""
@@ -68,6 +83,9 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> tuple[NDArray[np.uint8], int]: ...
+
+    def read(self, index: int, /) -> tuple[NDArray[np.uint8], int, Seen]:
+        """The same, and what the image was like."""
 
 
 @plain_dataclass(frozen=True)
@@ -78,6 +96,8 @@ class Source:
     test: Split
     classes: tuple[str, ...]
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    """What of it was left out, in a line each."""
 
 
 @plain_dataclass(frozen=True)
@@ -86,13 +106,18 @@ class ArraySplit:
 
     images: NDArray[np.uint8]
     labels: Sequence[int]
-    size: int
+    reading: Reading
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        return folder.square(Image.fromarray(self.images[index]), self.size), int(self.labels[index])
+        image = Image.fromarray(self.images[index])
+        return square(image, self.reading.size, self.reading.fit), int(self.labels[index])
+
+    def read(self, index: int) -> tuple[NDArray[np.uint8], int, Seen]:
+        """With nothing to say of the image: these are square, upright, and of 8 bits."""
+        return *self[index], Seen()
 
 
 def open_source(config: DataConfig) -> Source:
@@ -102,14 +127,14 @@ def open_source(config: DataConfig) -> Source:
     """
     match config.source:
         case "digits":
-            return _digits(config.size)
+            return _digits(config.reading)
         case "folder":
             return _folder(config)
         case "cifar10" | "cifar100":
             return _cifar(config)
 
 
-def _digits(size: int) -> Source:
+def _digits(reading: Reading) -> Source:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; every 5th of each class is for testing."""
     from sklearn.datasets import load_digits  # here: its import takes a second that no other source needs
 
@@ -121,8 +146,8 @@ def _digits(size: int) -> Source:
         rank[labels == label] = np.arange(np.count_nonzero(labels == label))
     test = rank % 5 == 4
     return Source(
-        train=ArraySplit(images[~test], labels[~test].tolist(), size),
-        test=ArraySplit(images[test], labels[test].tolist(), size),
+        train=ArraySplit(images[~test], labels[~test].tolist(), reading),
+        test=ArraySplit(images[test], labels[test].tolist(), reading),
         classes=tuple(str(name) for name in raw.target_names),
         fingerprint=hashlib.sha256(images.tobytes() + labels.tobytes() + test.tobytes()).hexdigest(),
     )
@@ -131,8 +156,8 @@ def _digits(size: int) -> Source:
 def _folder(config: DataConfig) -> Source:
     if config.root is None:
         raise ValueError("source folder needs the folder of the images; add --data.root DIR")
-    train, test, classes, fingerprint = folder.scan(config.root, config.size)
-    return Source(train, test, classes, fingerprint)
+    found = folder.scan(config.root, config.reading)
+    return Source(found.train, found.test, found.classes, found.fingerprint, found.notes)
 
 
 def _cifar(config: DataConfig) -> Source:
@@ -156,8 +181,8 @@ def _cifar(config: DataConfig) -> Source:
             f"no {config.source} under {root} ({error}); add --data.download, or name its folder with --data.root"
         ) from None
     return Source(
-        train=ArraySplit(train.data, train.targets, config.size),
-        test=ArraySplit(test.data, test.targets, config.size),
+        train=ArraySplit(train.data, train.targets, config.reading),
+        test=ArraySplit(test.data, test.targets, config.reading),
         classes=tuple(train.classes),
         fingerprint=str(kind.tgz_md5),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from netslim.data import DataConfig, DataInfo, Loaders, Shard, open_calibration, open_loaders, prepare
 from netslim.data.batches import device_loader
 from netslim.data.batches import ffcv_loader as module
+from netslim.launch.mistakes import MISTAKE, guarded
 
 CPU = torch.device("cpu")
 LOADERS = ["ffcv", "torch", "device"]
@@ -253,10 +254,10 @@ def test_a_file_cut_short_since_is_refused_on_opening(config: DataConfig, tmp_pa
         loaders(config, info)
 
 
-def make_folder(root: Path) -> DataConfig:
+def make_folder(root: Path, num_train: int = 150) -> DataConfig:
     """Two classes of noise, one grey and one in colour."""
     draws = np.random.default_rng(0)
-    for split, num in (("train", 150), ("test", 40)):
+    for split, num in (("train", num_train), ("test", 40)):
         for name, shape in (("colour", (20, 16, 3)), ("grey", (16, 20))):
             (root / split / name).mkdir(parents=True)
             for i in range(num):
@@ -272,6 +273,47 @@ def test_image_files_grey_ones_too_are_the_same_on_the_device(tmp_path: Path) ->
     for first, second in zip(one.test, two.test, strict=True):
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("change", [{}, {"fit": "pad"}, {"fit": "stretch"}, {"upright": False, "white": 70000.0}])
+def test_images_of_every_depth_orientation_and_shape_are_the_same_by_every_loader(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    folder = replace(make_folder(tmp_path, 30), **change)
+    draws, exif = np.random.default_rng(1), Image.Exif()
+    for i in range(8):
+        exif[0x0112] = i + 1
+        pixels = draws.integers(0, 256, (20, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "train" / "colour" / f"turned{i}.jpg", exif=exif)
+        deep = draws.integers(0, 65536, (30, 20), dtype=np.uint16)
+        Image.fromarray(deep).save(tmp_path / "test" / "grey" / f"deep{i}.tif")
+        Image.fromarray(deep).save(tmp_path / "train" / "grey" / f"deep{i}.png")
+    one, *others = (loaders(*by_loader(loader, folder)) for loader in LOADERS)
+    for other in others:
+        assert other.info.mean == one.info.mean
+        assert all(torch.equal(a, b) for a, b in zip(epoch(one), epoch(other), strict=True))
+        for first, second in zip(one.test, other.test, strict=True):
+            assert torch.equal(first[0], second[0])
+            assert torch.equal(first[1], second[1])
+
+
+def test_images_that_are_read_otherwise_are_not_those_that_lie_on_the_device(tmp_path: Path) -> None:
+    config, info = by_loader("device", make_folder(tmp_path, 30))
+    one, two = loaders(config, info), loaders(*by_loader("device", replace(config, fit="stretch")))
+    assert not torch.equal(epoch(one)[0], epoch(two)[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_damaged_since_is_the_users_mistake_in_one_line_also_of_a_worker(
+    tmp_path: Path, num_workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, info = by_loader("torch", make_folder(tmp_path, 30))
+    opened = loaders(replace(config, num_workers=num_workers), info)
+    path = tmp_path / "train" / "grey" / "7.png"
+    path.write_bytes(b"no image")
+    assert guarded(lambda: epoch(opened) and None) == MISTAKE
+    why = "it is no image that Pillow knows"
+    assert capsys.readouterr().err == f"netslim: image {path} cannot be read ({why}); replace it or remove it\n"
 
 
 def test_an_image_damaged_since_is_named_when_all_are_put_on_the_device(tmp_path: Path) -> None:
@@ -303,9 +345,9 @@ def test_all_loaders_of_a_process_share_the_images_on_the_device_until_none_is_l
     calibration = open_calibration(config, info, Shard(0, 1), num_images=64, chunk_size=8, seed=0, device=CPU)
     readers: Any = [one.train._reader, two.train._reader, calibration._reader]
     assert len({reader._resident.pixels.data_ptr() for reader in readers}) == 1
-    assert len([key for key in device_loader._residents if key[2] == 12]) == 2
+    assert len([key for key in device_loader._residents if key[2].size == 12]) == 2
     del one, two, calibration, readers
-    assert [key for key in device_loader._residents if key[2] == 12] == []
+    assert [key for key in device_loader._residents if key[2].size == 12] == []
 
 
 def test_an_error_in_the_loaders_thread_reaches_the_reader(

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 
 from netslim.data import DataConfig, prepare
 from netslim.data.sources import open_source
+from netslim.data.store import older
 from netslim.data.store.write import choose_loader
 
 
@@ -97,6 +99,153 @@ def test_an_unreadable_image_is_named_and_nothing_is_left(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"train/dog/7\.png cannot be read"):
         prepare(config, quiet=True)
     assert leftovers(config) == []
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_all_unreadable_images_of_both_sides_are_counted_and_the_first_ten_named(tmp_path: Path, loader: Any) -> None:
+    config = replace(make_folder(tmp_path), loader=loader)
+    bad = [f"train/cat/{i}.png" for i in (0, 11, 12, 13, 20, 39)] + [f"train/dog/{i}.png" for i in (1, 2, 3)]
+    bad += ["test/cat/0.png", "test/cat/1.png", "test/dog/1.png"]
+    for name in bad:
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^12 of 84 images cannot be read: ") as caught:
+        prepare(config, quiet=True)
+    ten = sorted(bad[:9]) + bad[9:10]
+    named = "; ".join(f"{tmp_path}/images/{name} (it is no image that Pillow knows)" for name in ten)
+    assert str(caught.value).endswith(f"read: {named}; and 2 more; replace or remove them")
+    assert leftovers(config) == []
+
+
+def test_an_unreadable_test_image_is_found_before_anything_is_trained(tmp_path: Path) -> None:
+    config = replace(make_folder(tmp_path), loader="torch")
+    (tmp_path / "images" / "test" / "dog" / "1.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"image .*test/dog/1\.png cannot be read \(it is empty\)"):
+        prepare(config, quiet=True)
+
+
+def save_odd(config: DataConfig) -> None:
+    """One image on its side, one of 16 bits, one of transparency, and one far from square, among 80 plain ones."""
+    cat = Path(str(config.root)) / "train" / "cat"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.kron([[0, 255], [9, 99]], np.ones((8, 8))).astype(np.uint8)).save(cat / "0.png", exif=exif)
+    Image.fromarray((np.arange(256) * 257).reshape(16, 16).astype(np.uint16)).save(cat / "1.png")
+    Image.new("RGBA", (16, 16), (1, 2, 3, 0)).save(cat / "2.png")
+    Image.new("RGB", (48, 16)).save(cat / "3.png")
+
+
+NOTES = (
+    "of 84 images 1 turned upright by EXIF orientation (--data.no-upright leaves them), 1 scaled to 8 bits, "
+    "1 read without transparency",
+    "far from square (over 1.5 to 1) are 1 of 84 images, up to 3.0 to 1, of which the centre crop leaves out 67%; "
+    "--data.fit pad or stretch keeps all",
+)
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_what_was_turned_scaled_and_cut_is_counted_and_said_each_time(tmp_path: Path, loader: Any) -> None:
+    config = replace(make_folder(tmp_path), loader=loader)
+    save_odd(config)
+    (tmp_path / "images" / "train" / "cat" / "notes.txt").touch()
+    want = (f"left out of {config.root}: 1 .txt", *NOTES)
+    assert prepare(config, quiet=True).notes == want
+    assert prepare(config, quiet=True).notes == want
+    assert prepare(replace(config, fit="pad"), quiet=True).notes == want[:2]
+
+
+def test_12_bits_in_files_of_16_are_said_to_be_dark_unless_white_is_named(tmp_path: Path) -> None:
+    config = replace(make_folder(tmp_path), loader="torch")
+    for name, high in (("cat", 4095), ("dog", 4000)):
+        Image.fromarray(np.full((16, 16), high, np.uint16)).save(tmp_path / "images" / "train" / name / "0.png")
+    scaled, dark = prepare(config, quiet=True).notes
+    assert scaled == "of 84 images 2 scaled to 8 bits"
+    assert dark.startswith("the brightest of the images that were scaled to 8 bits has 4095 where 65535 is white")
+    assert prepare(replace(config, white=4095), quiet=True).notes == (scaled,)
+
+
+def test_plain_images_are_not_spoken_of(tmp_path: Path) -> None:
+    assert prepare(make_folder(tmp_path), quiet=True).notes == ()
+
+
+@pytest.mark.parametrize(
+    "change", [{"fit": "pad"}, {"fit": "stretch"}, {"upright": False}, {"white": 4095.0}, {"white": 255.0}]
+)
+def test_another_way_of_reading_is_another_directory(tmp_path: Path, change: dict[str, Any]) -> None:
+    config = make_folder(tmp_path)
+    first, second = prepare(config, quiet=True), prepare(replace(config, **change), quiet=True)
+    assert first.directory != second.directory
+    assert prepare(replace(config, **change), quiet=True).directory == second.directory
+
+
+def test_images_that_are_no_files_lie_where_they_always_did(data_cache: Path) -> None:
+    digits = DataConfig(cache=data_cache)
+    assert [Path(str(prepare(each, quiet=True).directory)).name for each in (digits, replace(digits, white=9.0))] == [
+        "digits-eda5e63066ba"
+    ] * 2
+
+
+def as_an_older_netslim_wrote_it(directory: Path | None) -> dict[str, int]:
+    assert directory is not None
+    about = json.loads((directory / "info.json").read_text())
+    for name in ("reading", "notes"):
+        del about[name]
+    (directory / "info.json").write_text(json.dumps(about))
+    return times(directory)
+
+
+def test_what_an_older_netslim_wrote_is_used_where_its_pixels_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_folder(tmp_path)
+    Image.new("RGB", (48, 16)).save(tmp_path / "images" / "train" / "cat" / "3.png")
+    first = prepare(config, quiet=True)
+    before = as_an_older_netslim_wrote_it(first.directory)
+    assert prepare(config, quiet=True) == first
+    after = times(first.directory)
+    assert [name for name in before if before[name] != after[name]] == ["info.json"]
+    assert first.notes == NOTES[1:]
+    monkeypatch.setattr(older, "look", None)  # from now on none is looked at
+    assert prepare(config, quiet=True) == first
+    assert times(first.directory) == after
+
+
+@pytest.mark.parametrize("odd", ["turned", "scaled"])
+def test_what_an_older_netslim_read_otherwise_is_written_anew_beside_it(
+    tmp_path: Path, odd: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_folder(tmp_path)
+    save_odd(config)
+    (tmp_path / "images" / "train" / "cat" / ("1.png" if odd == "turned" else "0.png")).unlink()
+    first = prepare(config, quiet=True)
+    before = as_an_older_netslim_wrote_it(first.directory)
+    second = prepare(config, quiet=False)
+    assert (
+        f"netslim: an older netslim wrote {first.directory} and read 1 of 83 images otherwise"
+        in capsys.readouterr().err
+    )
+    assert second.directory != first.directory
+    assert replace(second, directory=first.directory) == first
+    assert first.directory is not None
+    assert (first.directory / "train.beton").stat().st_mtime_ns == before["train.beton"]
+    monkeypatch.setattr(older, "look", None)
+    assert prepare(config, quiet=False) == second
+    assert capsys.readouterr().err == ""
+
+
+def test_what_an_older_netslim_wrote_where_nobody_may_write_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_folder(tmp_path)
+    first = prepare(config, quiet=True)
+    before = as_an_older_netslim_wrote_it(first.directory)
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(older, "exclusive", refused)
+    monkeypatch.setattr(older, "replace_all", refused)
+    assert prepare(config, quiet=True) == first
+    assert times(first.directory) == before
 
 
 def test_what_a_killed_writer_left_is_swept_away(tmp_path: Path) -> None:

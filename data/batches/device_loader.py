@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from netslim.data.batches.pipelines import Augmentation
+from netslim.data.pixels import Reading
 from netslim.data.sources import DataConfig, Source, Split
 from netslim.data.store import SPLITS, decoded
 
@@ -29,7 +31,7 @@ class Resident:
 
 
 # Calibration, and whoever opens the same images again, shall take no memory of their own.
-_Key = tuple[str, str, int, torch.device]  # fingerprint of the source, split, size
+_Key = tuple[str, str, Reading, torch.device]  # fingerprint of the source, split, how its images are read
 _residents: WeakValueDictionary[_Key, Resident] = WeakValueDictionary()
 
 
@@ -39,7 +41,7 @@ def open_residents(config: DataConfig, source: Source, device: torch.device) -> 
     Raises ValueError when they take more than half of the memory that is free there, or when an image cannot be read.
     """
     splits: dict[_Key, Split] = {
-        (source.fingerprint, name, config.size, device): getattr(source, name) for name in SPLITS
+        (source.fingerprint, name, config.reading, device): getattr(source, name) for name in SPLITS
     }
     found = {key: _residents[key] for key in splits if key in _residents}
     _check_room(config, sum(len(split) for key, split in splits.items() if key not in found), device)
@@ -73,14 +75,14 @@ def free_memory(device: torch.device) -> int:
 def _load(split: Split, size: int, device: torch.device) -> Resident:
     pixels = torch.empty((len(split), size, size), dtype=torch.int32, device=device)
     labels = np.zeros(len(split), dtype=np.int64)
-    found = decoded(split, with_sums=False)
-    for start in range(0, len(split), _BLOCK):
-        block = list(islice(found, _BLOCK))
-        part = slice(start, start + len(block))
-        images = np.zeros((len(block), size, size, 4), dtype=np.uint8)
-        images[..., :3] = [image for image, _, _ in block]
-        pixels[part] = torch.from_numpy(images.view(np.int32)[..., 0])
-        labels[part] = [label for _, label, _ in block]
+    with closing(decoded(split, with_sums=False)) as found:
+        for start in range(0, len(split), _BLOCK):
+            block = list(islice(found, _BLOCK))
+            part = slice(start, start + len(block))
+            images = np.zeros((len(block), size, size, 4), dtype=np.uint8)
+            images[..., :3] = [each.image for each in block]
+            pixels[part] = torch.from_numpy(images.view(np.int32)[..., 0])
+            labels[part] = [each.label for each in block]
     return Resident(pixels, torch.from_numpy(labels).to(device))
 
 

@@ -10,21 +10,29 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from netslim.data.batches.pipelines import Augmentation
+from netslim.data.pixels import UnreadableError, hush
 from netslim.data.sources import Split
 
 _Key = tuple[int, NDArray[np.int64]]  # epoch and samples of one batch
 
 
-class _Batches(Dataset[tuple[Tensor, Tensor]]):
-    """Whole batches by key: the augmentation needs the epoch, which workers that live on do not know."""
+class _Batches(Dataset[tuple[Tensor, Tensor] | UnreadableError]):
+    """Whole batches by key: the augmentation needs the epoch, which workers that live on do not know.
+
+    An image that cannot be read is given as a value: of what a worker raises torch makes an error of its own.
+    """
 
     def __init__(self, split: Split, augmentation: Augmentation | None) -> None:
         self._split = split
         self._augmentation = augmentation
 
-    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor] | UnreadableError:
         epoch, indices = key
-        pairs = [self._split[int(i)] for i in indices]
+        try:
+            with hush:
+                pairs = [self._split[int(i)] for i in indices]
+        except UnreadableError as error:
+            return error
         images = np.stack([image for image, _ in pairs])
         if self._augmentation is not None and self._augmentation.active:
             images = self._augmentation.apply(images, indices, epoch)
@@ -70,6 +78,9 @@ class TorchReader:
         )
 
     def batches(self, order: NDArray[np.int64], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images `(n, 3, height, width)` uint8, channels_last, and labels `(n,)` int64."""
+        """Images `(n, 3, height, width)` uint8, channels_last, and labels `(n,)` int64. Raises UnreadableError."""
         self._keys.order, self._keys.epoch = order, epoch
-        yield from self._loader
+        for batch in self._loader:
+            if isinstance(batch, UnreadableError):
+                raise batch
+            yield batch

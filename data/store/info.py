@@ -27,6 +27,7 @@ class DataInfo:
     mean: Triple  # of the training images per channel, in [0, 1]
     std: Triple
     size: int  # pixels
+    notes: tuple[str, ...] = ()  # what was left out, turned, scaled or cut of the images, in a line each
 
 
 @validated(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -54,6 +55,9 @@ class _Content:
     std: tuple[_Std, _Std, _Std]
     size: _Count
     files: dict[str, FileInfo]
+    reading: int | None = None
+    """By which rules image files were read; None: by the first, or none were."""
+    notes: tuple[str, ...] = ()
 
 
 _LARGEST = 1 << 24  # bytes of `info.json`; ours have some hundred, and a name per class
@@ -66,6 +70,27 @@ def damaged(directory: Path, what: str) -> ValueError:
 
 def read_info(directory: Path) -> tuple[DataInfo, dict[str, FileInfo]]:
     """The content of `info.json`: what to hand on, and bytes and sha256 of each file."""
+    content = _read(directory)
+    info = DataInfo(
+        directory=directory if content.files else None,
+        loader=content.loader,
+        classes=content.classes,
+        num_train=content.num_train,
+        num_test=content.num_test,
+        mean=content.mean,
+        std=content.std,
+        size=content.size,
+        notes=content.notes,
+    )
+    return info, content.files
+
+
+def read_rules(directory: Path) -> int | None:
+    """By which rules the images were read, as `info.json` says."""
+    return _read(directory).reading
+
+
+def _read(directory: Path) -> _Content:
     path = directory / "info.json"
     try:
         if path.stat().st_size > _LARGEST or not path.is_file():  # a pipe or a device might never end
@@ -78,17 +103,7 @@ def read_info(directory: Path) -> tuple[DataInfo, dict[str, FileInfo]]:
         raise damaged(directory, f"{path} is not what was written ({complaint(error)})") from None
     except ValueError as error:
         raise damaged(directory, f"{path} is not what was written ({error})") from None
-    info = DataInfo(
-        directory=directory if content.files else None,
-        loader=content.loader,
-        classes=content.classes,
-        num_train=content.num_train,
-        num_test=content.num_test,
-        mean=content.mean,
-        std=content.std,
-        size=content.size,
-    )
-    return info, content.files
+    return content
 
 
 def check_sizes(directory: Path) -> None:

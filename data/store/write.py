@@ -6,8 +6,9 @@ import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from errno import EEXIST, ENOSPC, ENOTEMPTY
 from pathlib import Path
@@ -16,8 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from netslim.base import exclusive, flush
+from netslim.data.pixels import Reading, UnreadableError
 from netslim.data.sources import DataConfig, Source, Split, open_source
+from netslim.data.store.findings import Findings
 from netslim.data.store.info import SPLITS, DataInfo, LoaderName, read_info, sha256, verify
+from netslim.data.store.older import RULES, choose_place
 from netslim.data.store.scan import Statistics, decoded
 
 _FORMAT = 1  # raise when the same settings give other bytes
@@ -32,7 +36,7 @@ def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
     """
     loader = choose_loader(config)
     source = open_source(config)
-    directory = _directory(config, source, loader)
+    directory = _place(config, source, loader, quiet)
     if not directory.is_dir():
         with _explained(config.cache):
             config.cache.mkdir(parents=True, exist_ok=True)
@@ -41,21 +45,18 @@ def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
                     if alone:
                         _sweep(directory)
                     _write(directory, source, config, loader, quiet)
-    return verify(directory) if check else read_info(directory)[0]
+    info = verify(directory) if check else read_info(directory)[0]
+    return replace(info, notes=(*source.notes, *info.notes))
 
 
 def prepared(config: DataConfig) -> DataInfo | None:
     """What is known of the data that `config` names, where it was written before; None where it was not."""
     try:
         source = open_source(replace(config, download=False))
-        directory = _directory(config, source, choose_loader(config))
+        directory = _place(config, source, choose_loader(config), quiet=True)
         return read_info(directory)[0] if directory.is_dir() else None
     except (ValueError, OSError):  # the images may be gone
         return None
-
-
-def _directory(config: DataConfig, source: Source, loader: LoaderName) -> Path:
-    return config.cache / f"{config.source}-{_key(config, source, loader)}"
 
 
 def choose_loader(config: DataConfig) -> LoaderName:
@@ -76,11 +77,23 @@ def choose_loader(config: DataConfig) -> LoaderName:
     return "ffcv"
 
 
-def _key(config: DataConfig, source: Source, loader: str) -> str:
+def _place(config: DataConfig, source: Source, loader: str, quiet: bool) -> Path:
+    first, second = (
+        config.cache / f"{config.source}-{_key(config, source, loader, rules)}" for rules in ([], [{"rules": RULES}])
+    )
+    return choose_place(first, second, source, quiet) if config.source == "folder" else first
+
+
+def _key(config: DataConfig, source: Source, loader: str, rules: list[Any]) -> str:
     """Names everything that the stored pixels and figures depend on."""
     quality = config.quality if loader == "ffcv" else None
-    parts = [_FORMAT, config.source, source.fingerprint, config.size, quality, loader]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    usual = vars(Reading(config.size))
+    # only what differs, so that what was written before there were these fields is found again
+    changed = {name: value for name, value in vars(config.reading).items() if value != usual[name]}
+    if config.source != "folder":
+        changed = {name: value for name, value in changed.items() if name == "fit"}
+    parts = [_FORMAT, config.source, source.fingerprint, config.size, quality, loader, *rules]
+    return hashlib.sha256(json.dumps([*parts, *([changed] if changed else [])]).encode()).hexdigest()[:12]
 
 
 @contextmanager
@@ -112,23 +125,25 @@ def _write(directory: Path, source: Source, config: DataConfig, loader: str, qui
     scratch = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir()
     try:
-        statistics = Statistics()
+        statistics, findings = Statistics(), Findings()
         files: dict[str, dict[str, Any]] = {}
+        bad: list[tuple[str, str]] = []
+        num = len(source.train) + len(source.test)
         if loader == "ffcv":
-            _check_room(config, len(source.train) + len(source.test))
+            _check_room(config, num)
         for name in SPLITS:
             split: Split = getattr(source, name)
-            images = _counted(name, split, statistics if name == "train" else None, quiet)
-            if loader == "ffcv":
-                from netslim.data.store.beton import write_beton
-
-                path = scratch / f"{name}.beton"
-                write_beton(path, images, len(split), config.size, config.quality)
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-                flush(path)
-            elif name == "train":  # the other loaders read the images themselves: only the figures are needed
-                for _ in images:
-                    pass
+            images = _counted(name, split, statistics if name == "train" else None, findings, quiet)
+            try:
+                with closing(images):
+                    if loader == "ffcv" and not bad:
+                        files |= _write_split(scratch / f"{name}.beton", images, len(split), config)
+                    else:  # for the other loaders only the figures, and whether all can be read
+                        deque(images, maxlen=0)
+            except UnreadableError as error:
+                bad += error.files
+        if bad:
+            raise UnreadableError(bad, num)
         mean, std = statistics.mean_std()
         info = {
             "loader": loader,
@@ -140,6 +155,8 @@ def _write(directory: Path, source: Source, config: DataConfig, loader: str, qui
             "size": config.size,
             "files": files,
         }
+        if config.source == "folder":  # not of the others, which an older netslim shall go on reading
+            info |= {"reading": RULES, "notes": findings.notes(config.fit)}
         (scratch / "info.json").write_text(json.dumps(info, indent=1) + "\n")
         flush(scratch / "info.json")
         flush(scratch)
@@ -153,14 +170,29 @@ def _write(directory: Path, source: Source, config: DataConfig, loader: str, qui
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _counted(name: str, split: Split, statistics: Statistics | None, quiet: bool) -> Iterator[tuple[Any, int]]:
-    """The images of a split in order, with a progress bar, added to `statistics` on their way."""
+def _write_split(
+    path: Path, images: Iterator[tuple[Any, int]], num: int, config: DataConfig
+) -> dict[str, dict[str, Any]]:
+    """The file's size and hash, by its name."""
+    from netslim.data.store.beton import write_beton  # here: ffcv may be missing
+
+    write_beton(path, images, num, config.size, config.quality)
+    flush(path)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}}
+
+
+def _counted(
+    name: str, split: Split, statistics: Statistics | None, findings: Findings, quiet: bool
+) -> Generator[tuple[Any, int]]:
+    """The images of a split in order, with a progress bar, added to `statistics` and `findings` on their way."""
     hidden = quiet or not sys.stderr.isatty()
-    with tqdm(total=len(split), desc=f"writing {name}", unit=" images", disable=hidden) as bar:
-        for image, label, sums in decoded(split, with_sums=statistics is not None):
+    bar = tqdm(total=len(split), desc=f"writing {name}", unit=" images", disable=hidden)
+    with bar, closing(decoded(split, with_sums=statistics is not None)) as found:
+        for each in found:
             if statistics is not None:
-                statistics.add(sums)
-            yield image, label
+                statistics.add(each.sums)
+            findings.add(each.seen)
+            yield each.image, each.label
             bar.update()
 
 
