@@ -120,6 +120,15 @@ _FREE_FIELDS = (
     "finetune.start",
 )
 
+# Fields that older runs do not name, with the value by which those were made: at it they are no difference.
+_NEWER_FIELDS = {
+    "data.fit": "crop",
+    "data.upright": True,
+    "data.white": None,
+    "prune.normalise": "none",
+    "prune.scope": "network",
+}
+
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain JSON values."""
@@ -150,24 +159,26 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], unread: Sequence
     As `fixed_fields` it passes over some.
     """
     before, after = fixed_fields(old, unread), fixed_fields(new, unread)
-    return [
-        f"{name} was {json.dumps(before.get(name))}, now {json.dumps(after.get(name))}"
+    pairs = {
+        name: tuple(fields.get(name, _NEWER_FIELDS.get(name)) for fields in (before, after))
         for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name)
-    ]
+    }
+    return [f"{name} was {json.dumps(old)}, now {json.dumps(new)}" for name, (old, new) in pairs.items() if old != new]
 
 
 def fixed_fields(values: Mapping[str, Any], unread: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of a configuration (as ``to_dict`` gives it) that change what came out of a run, by dotted names.
 
     Not those in the sections that no stage has read yet. What `auto` stands for is filled in, so that a run is the
-    same by whichever name its values were given.
+    same by whichever name its values were given; fields that older runs do not name are left out where they change
+    nothing, so that their checkpoints are still theirs.
     """
     model = ModelConfig(**values["model"])
     settled: dict[str, Any] = {**values["model"], "initial_gamma": model.first_gamma}
     if model.weights is None:
         del settled["weights_head"]  # which runs from before there were weights do not have
-    return _fixed({**values, "model": settled}, unread)
+    found = _fixed({**values, "model": settled}, unread)
+    return {name: value for name, value in found.items() if name not in _NEWER_FIELDS or value != _NEWER_FIELDS[name]}
 
 
 def _fixed(values: Mapping[str, Any], unread: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Configuration: preset, file, flags; and what a mistake in them says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from netslim.launch.config import RunConfig, differences, to_dict
+from netslim.launch.config import RunConfig, differences, fixed_fields, to_dict
 from netslim.launch.presets import PRESETS, find_preset
-from netslim.launch.reading import parse
+from netslim.launch.reading import from_dict, parse
 
 
 def resolve(*arguments: str) -> RunConfig:
@@ -55,6 +56,8 @@ def test_every_preset_resolves_and_says_where_it_comes_from(name: str) -> None:
         (["--data.source", "digit"], "--data.source"),
         (["--sparsify.schedule", "cosin"], "invalid choice 'cosin' for argument '--sparsify.schedule'"),
         (["--sparsify.nesterov", "--sparsify.momentum", "0"], "nesterov needs a momentum"),
+        (["--data.fit", "cut"], "invalid choice 'cut' for argument '--data.fit'"),
+        (["--data.white", "0"], "data.white is 0"),
         (["--config"], "--config needs a file"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml: there is no such file"),
     ],
@@ -92,6 +95,38 @@ def test_differences_name_the_fields_and_pass_over_where_a_run_is_made() -> None
     old = to_dict(resolve())
     new = to_dict(resolve("--sparsify.epochs", "2", "--num-processes", "1", "--record.wandb", "offline"))
     assert differences(old, new) == ["sparsify.epochs was 14, now 2"]
+
+
+NEWER = ("data.fit", "data.upright", "data.white", "prune.normalise", "prune.scope")
+
+
+def as_an_older_netslim_wrote_it(config: RunConfig) -> dict[str, Any]:
+    """Without the fields that there were not yet."""
+    values = to_dict(config)
+    for name in NEWER:
+        section, _, field = name.partition(".")
+        del values[section][field]
+    return values
+
+
+def test_fields_that_an_older_run_does_not_name_are_no_difference_at_their_defaults() -> None:
+    older = as_an_older_netslim_wrote_it(resolve())
+    assert differences(older, to_dict(resolve())) == []
+    # by which a checkpoint knows its run
+    assert fixed_fields(older) == fixed_fields(to_dict(resolve()))
+    assert to_dict(from_dict(older, "config.json")) == to_dict(resolve())
+
+
+def test_fields_that_an_older_run_does_not_name_are_differences_elsewhere() -> None:
+    older = as_an_older_netslim_wrote_it(resolve())
+    other = resolve("--data.fit", "pad", "--data.no-upright", "--data.white", "4095", "--prune.scope", "layer")
+    want = [
+        'data.fit was "crop", now "pad"',
+        "data.upright was true, now false",
+        "data.white was null, now 4095.0",
+        'prune.scope was "network", now "layer"',
+    ]
+    assert sorted(differences(older, to_dict(other))) == want
 
 
 def test_the_launchers_mixed_precision_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
