@@ -107,6 +107,8 @@ def run_stages(preset: str, config: RunConfig, commands: Sequence[str], flags: S
 
 def write_data(config: RunConfig) -> int:
     info = prepare(config.data, quiet=False)
+    for note in info.notes:
+        print(f"netslim: warning: {note}", file=sys.stderr)
     where = info.directory or f"nothing to write: loader {info.loader} reads the images themselves"
     print(f"{info.num_train} training and {info.num_test} test images of {len(info.classes)} classes: {where}")
     return 0

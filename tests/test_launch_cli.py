@@ -151,6 +151,28 @@ def test_a_truncated_image_is_named(netslim: Netslim, tiny: list[object], folder
     assert_one_line(error, str(image))
 
 
+def test_all_unreadable_images_are_one_line(netslim: Netslim, tiny: list[object], folder: Path) -> None:
+    bad = [folder / name for name in ("train/cat/2.png", "train/dog/0.png", "test/dog/3.png")]
+    for path in bad:
+        path.write_bytes(b"")
+    code, error = netslim("data", *tiny, "--data.source", "folder", "--data.root", folder)
+    assert code == 2
+    assert_one_line(error, "3 of 16 images cannot be read", *(f"{path} (it is empty)" for path in bad))
+
+
+def test_what_was_left_out_and_cut_of_images_is_said_once(netslim: Netslim, tiny: list[object], folder: Path) -> None:
+    (folder / "train" / "cat" / "a.heic").touch()
+    Image.new("RGB", (96, 32)).save(folder / "train" / "dog" / "wide.gif")
+    flags = [*tiny, "--data.source", "folder", "--data.root", folder, "--data.batch-size", 8, "--cpu"]
+    flags += ["--data.loader", "torch", "--data.num-workers", 0]
+    notes = [f"left out of {folder}: 1 .heic", "far from square (over 1.5 to 1) are 1 of 17 images, up to 3.0 to 1"]
+    for command, start in (("data", "netslim: warning: "), ("sparsify", "sparse: warning: ")):
+        code, said = netslim(command, *flags)
+        assert code == 0
+        assert [said.count(f"{start}{note}") for note in notes] == [1, 1]
+        assert said.count("heic") == said.count("far from square") == 1
+
+
 @pytest.mark.parametrize("damage", ["truncated", "one bit flipped"])
 def test_a_damaged_beton_is_refused(
     damage: str, netslim: Netslim, tiny: list[object], folder: Path, tmp_path: Path

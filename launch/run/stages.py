@@ -44,7 +44,7 @@ def sparsify(job: Job, stage: Stage) -> Made:
     says = "; ".join([*start, channels.summary(rules.coupling)])
     warns = cautions(dense, channels, rules.coupling)
     if stage.turn.number == 1:
-        warns += _foreseen(job, dense)
+        warns = [*job.loaders.info.notes, *warns, *_foreseen(job, dense)]
     training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says, warns=warns)
     return Made(model=model, plan=plan, training=training)
 
