@@ -77,7 +77,7 @@ check: $(READY_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/ns $(BIN)/mypy build/ns/netslim
-	$(BIN)/lint-imports --config setup.cfg
+	PYTHONPATH=build/ns $(BIN)/lint-imports --config setup.cfg
 
 format: $(READY_DEV)
 	$(BIN)/ruff check --fix .
@@ -132,5 +132,7 @@ $(READY_BENCH): $(READY)
 $(READY_DEV): $(READY)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[ffcv,deepspeed,export,test,dev]'
 	mkdir -p build/ns/netslim
-	for room in base train prune data launch; do ln -sfn ../../../$$room build/ns/netslim/$$room; done
+	for each in base train prune data launch door/__init__.py door/__main__.py; do \
+		ln -sfn ../../../$$each build/ns/netslim/; \
+	done
 	touch $@
