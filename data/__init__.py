@@ -8,8 +8,8 @@ from netslim.data.batches import (
     open_calibration,
     open_loaders,
 )
-from netslim.data.sources import DataConfig, open_source
-from netslim.data.store import DataInfo, prepare, prepared
+from netslim.data.sources import DataConfig, Source, open_source
+from netslim.data.store import DataInfo, prepare, prepared, stored
 
 __all__ = [
     "CalibrationLoader",
@@ -17,10 +17,12 @@ __all__ = [
     "DataInfo",
     "Loaders",
     "Shard",
+    "Source",
     "check_batch_size",
     "open_calibration",
     "open_loaders",
     "open_source",
     "prepare",
     "prepared",
+    "stored",
 ]

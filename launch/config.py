@@ -4,8 +4,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
@@ -134,6 +135,35 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     values: dict[str, Any] = ADAPTER.dump_python(config, mode="json")
     return values
+
+
+class _Dumper(yaml.SafeDumper):
+    """A list on one line, as a person writes ratios."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(list, lambda dumper, each: dumper.represent_sequence("tag:yaml.org,2002:seq", each, True))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as a file that `--config` takes, with the same values."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def with_tuples(values: Mapping[str, Any], kind: Any = RunConfig) -> dict[str, Any]:
+    """Plain values of a configuration, in which one value stands for a tuple of it: ``ratio: 0.5`` for ``[0.5]``."""
+    found = dict(values)
+    for name, hint in get_type_hints(kind).items():
+        value = found.get(name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            found[name] = with_tuples(value, hint)
+        elif isinstance(value, str | int | float) and any(
+            get_origin(each) is tuple for each in (hint, *get_args(hint))
+        ):
+            found[name] = [value]
+    return found
 
 
 def run_directory(preset: str, config: RunConfig) -> Path:

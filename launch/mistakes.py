@@ -6,12 +6,12 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from netslim.train import LostRankError, Preempted
-
 MISTAKE = 2
 PREEMPTED = 3
 LOST_RANK = 1
 INTERRUPTED = 130
+UNREAD = 141
+"""As a shell counts SIGPIPE: nobody reads what is printed any more."""
 
 
 def guarded(body: Callable[[], int | None]) -> int:
@@ -24,17 +24,6 @@ def guarded(body: Callable[[], int | None]) -> int:
         return body() or 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    except LostRankError as error:
-        print(f"netslim: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        end_at_once(LOST_RANK)
-    except Preempted as reason:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"netslim: {reason}; the same command goes on from there", file=sys.stderr, flush=True)
-        # a launcher that may restart takes every other code for a failure, and would
-        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            return 0
-        # a batch script, which looks for the mark in the run's directory, spares its log the launcher's traceback
-        return int(os.environ.get("NETSLIM_PREEMPTED_CODE", PREEMPTED))
     except (ValueError, FloatingPointError, OSError) as error:
         if not _is_mistake(error):
             raise
@@ -43,6 +32,26 @@ def guarded(body: Callable[[], int | None]) -> int:
             where = f" (rank {rank})" if rank else ""
             print(f"netslim: {_one_line(error)}{where}", file=sys.stderr, flush=True)
         return MISTAKE
+    except Exception as error:
+        return _after_training(error)
+
+
+def _after_training(error: Exception) -> int:
+    """The exit code where a rank was lost, or a signal told the run to end; raises anything else again."""
+    from netslim.train import LostRankError, Preempted  # here: its import takes seconds, which help does not have
+
+    if isinstance(error, LostRankError):
+        print(f"netslim: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        end_at_once(LOST_RANK)
+    if not isinstance(error, Preempted):
+        raise error
+    if os.environ.get("RANK", "0") == "0":
+        print(f"netslim: {error}; the same command goes on from there", file=sys.stderr, flush=True)
+    # a launcher that may restart takes every other code for a failure, and would
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        return 0
+    # a batch script, which looks for the mark in the run's directory, spares its log the launcher's traceback
+    return int(os.environ.get("NETSLIM_PREEMPTED_CODE", PREEMPTED))
 
 
 def end_at_once(code: int) -> NoReturn:

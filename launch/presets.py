@@ -1,11 +1,12 @@
 """Named, complete configurations. Each docstring says where it comes from, on what it runs and what to expect."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 
 from netslim.data import DataConfig
 from netslim.launch.config import FinetuneConfig, PruneConfig, RunConfig
+from netslim.launch.help import list_presets as list_presets
+from netslim.launch.help import nearest_preset
 from netslim.launch.reading import parse
 from netslim.train import FitConfig, ModelConfig, SparsityConfig
 
@@ -120,8 +121,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 def find_preset(name: str) -> Callable[[], RunConfig]:
     """The preset of this name; raises ValueError that names the nearest."""
     if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
-        raise ValueError(f"no preset is called {name!r}; the nearest are {', '.join(nearest)}")
+        raise ValueError(nearest_preset(name))
     return PRESETS[name]
 
 
@@ -129,10 +129,3 @@ def read_preset(command: str, name: str, flags: Sequence[str]) -> RunConfig:
     """The configuration that flags make of a preset; raises what `find_preset` and `parse` do."""
     make = find_preset(name)
     return parse(f"{command} {name}", inspect.getdoc(make) or "", make(), flags)
-
-
-def list_presets() -> str:
-    """The presets with the first line of what each says, for help texts."""
-    return "presets:\n" + "\n".join(
-        f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
-    )

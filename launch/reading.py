@@ -14,7 +14,8 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
-from netslim.launch.config import ADAPTER, RunConfig, field_names, to_dict
+from netslim.launch.config import ADAPTER, RunConfig, field_names, to_dict, with_tuples
+from netslim.launch.help import HELP, HELP_ALL, short_help
 
 _LARGEST_FILE = 1 << 20  # bytes of a --config file; a whole configuration has two thousand
 _MOST_ALIASES = 20  # in one; each may double what the file grows to
@@ -26,7 +27,7 @@ Config = TypeVar("Config")
 def from_dict(values: Mapping[str, Any], source: str) -> RunConfig:
     """The configuration that ``to_dict`` wrote; raises ValueError in one line that begins with its source."""
     try:
-        return ADAPTER.validate_python(values)
+        return ADAPTER.validate_python(with_tuples(values))
     except ValidationError as error:
         raise ValueError(f"{source}: {_describe(error, field_names(RunConfig()))}") from None
 
@@ -35,21 +36,25 @@ def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[st
     """Resolve preset < ``--config FILE`` (JSON or YAML) < flags; ``--model NAME`` is short for model.name.
 
     Raises ValueError in one line that names the field, the value and what is allowed, FileNotFoundError for weights
-    that are not there; ``--help`` prints all fields and raises SystemExit.
+    that are not there; ``--help`` prints some fields, ``--help-all`` all, and raises SystemExit.
     """
     arguments, file = _take_config_file(_spell_out_model(arguments))
     if file is not None:
         preset = _merge_file(preset, file)
+    if not {*HELP}.isdisjoint(arguments):
+        print(short_help(prog, description, to_dict(preset)))
+        raise SystemExit(0)
     known = [f"--{name.replace('_', '-')}" for name in field_names(preset)]
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
         positive = re.sub(r"(^--|\.)no-", r"\1", flag)
-        if flag.startswith("--") and flag != "--help" and positive not in known:
-            raise ValueError(f"there is no field {flag}; {_nearest(flag, known)}; --help lists all")
+        if flag.startswith("--") and flag != HELP_ALL and positive not in known:
+            raise ValueError(f"there is no field {flag}; {_nearest(flag, known)}; --help-all lists all")
     description += (
         "\n\n--config FILE (JSON or YAML) is read before the flags. "
         "--model NAME is short for --model.name NAME --model.width 1."
     )
+    arguments = [HELP[1] if argument == HELP_ALL else argument for argument in arguments]
     config = read_flags(RunConfig, arguments, default=preset, prog=prog, description=description)
     # here, where all is known of which file: the run, and whoever goes on with it, takes no other
     return dataclasses.replace(config, model=config.model.pinned)

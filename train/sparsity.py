@@ -226,8 +226,11 @@ def describe_pull(gammas: Sequence[Tensor], weight: float, travel: float) -> tup
     trained = [gamma for gamma in gammas if gamma.requires_grad] or gammas
     pull, median = weight * travel, gamma_summary(trained)["gamma_median"]
     line = f"pull {pull:.3g} = lambda {weight:g} x sum of lr / (1 - momentum) {travel:.4g}; median |gamma| {median:.3g}"
-    if weight == 0 or pull >= median:
-        return line, False
+    if weight == 0:
+        return f"{line}: lambda 0 is no penalty, and brings no gamma to zero", False
+    if pull >= median:
+        times = f", by {pull / median:.1f} times the median" if median else ""
+        return f"{line}: this lambda can bring gammas to zero in this schedule{times}", False
     least = _rounded_up(median / travel)
     return (
         f"{line}: this lambda cannot bring the gammas to zero in this schedule, so that pruning will cut channels that "

@@ -6,6 +6,6 @@ else's business.
 
 from netslim.data.store.info import SPLITS, DataInfo, check_sizes, damaged
 from netslim.data.store.scan import decoded
-from netslim.data.store.write import prepare, prepared
+from netslim.data.store.write import prepare, prepared, stored
 
-__all__ = ["SPLITS", "DataInfo", "check_sizes", "damaged", "decoded", "prepare", "prepared"]
+__all__ = ["SPLITS", "DataInfo", "check_sizes", "damaged", "decoded", "prepare", "prepared", "stored"]

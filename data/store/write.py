@@ -59,6 +59,13 @@ def prepared(config: DataConfig) -> DataInfo | None:
         return None
 
 
+def stored(config: DataConfig, source: Source) -> tuple[Path, int]:
+    """Where `prepare` writes, or has written, what it keeps of the images, and about how many bytes of .beton files."""
+    loader = choose_loader(config)
+    num = len(source.train) + len(source.test)
+    return _place(config, source, loader, quiet=True), _room(config, num) if loader == "ffcv" else 0
+
+
 def choose_loader(config: DataConfig) -> LoaderName:
     """The loader that "auto" stands for here; warns when it is the slower one.
 
@@ -196,12 +203,16 @@ def _counted(
             bar.update()
 
 
-def _check_room(config: DataConfig, num: int) -> None:
-    """Raises OSError when the disk cannot hold the files: now rather than an hour later."""
+def _room(config: DataConfig, num: int) -> int:
+    """About how many bytes the files of so many images take."""
     per_image = 3 * config.size**2
     if config.quality is not None:
         per_image //= 8  # typical of JPEG; a wrong guess is found when the disk is full
-    need = num * (per_image + 64) + 8 * 2**20  # with the index and the pages' rest
-    free = shutil.disk_usage(config.cache).free
+    return num * (per_image + 64) + 8 * 2**20  # with the index and the pages' rest
+
+
+def _check_room(config: DataConfig, num: int) -> None:
+    """Raises OSError when the disk cannot hold the files: now rather than an hour later."""
+    need, free = _room(config, num), shutil.disk_usage(config.cache).free
     if free < need:
         raise _no_room(config.cache, f"about {need / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")

@@ -5,21 +5,15 @@ from pathlib import Path
 
 from netslim.launch.inspect.describe import describe
 from netslim.launch.inspect.sparse import INSPECTION, PICTURE, format_inspection, inspect_sparse, largest_ratio
-from netslim.launch.presets import PRESETS, find_preset, read_preset
-from netslim.launch.reading import parse
-from netslim.launch.run import SPARSE, is_complete, preset_of_run, read_json, start
+from netslim.launch.presets import PRESETS
+from netslim.launch.run import SPARSE, is_complete, read_json, read_target, start
 
 
-def inspect_run(target: str, flags: Sequence[str], description: str) -> int:
+def inspect_run(target: str, flags: Sequence[str]) -> int:
     """Print the channels of a preset's or a run's network; of a run also what its sparse model bears, and draw it."""
-    if target in PRESETS or not Path(target).is_dir():
-        print(describe(read_preset("netslim inspect", target, flags)))
-        return 0
+    preset, config, flags = read_target("netslim inspect", target, flags)
     run = Path(target)
-    preset = preset_of_run(run)
-    flags = ["--config", f"{run}/config.json", "--run-dir", str(run), *flags]
-    config = parse(f"netslim inspect {run}", description, find_preset(preset)(), flags)
-    is_trained = is_complete(SPARSE.directory(run))
+    is_trained = target not in PRESETS and is_complete(SPARSE.directory(run))
     print(describe(config, is_trained=is_trained), flush=True)
     if not is_trained:
         return 0

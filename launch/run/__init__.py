@@ -10,6 +10,7 @@ from netslim.launch.run.directory import (
     METRICS,
     PREEMPTED_MARK,
     STOP_MARK,
+    check_unclaimed,
     claim,
     config_of_run,
     is_complete,
@@ -22,7 +23,7 @@ from netslim.launch.run.directory import (
 )
 from netslim.launch.run.job import Job
 from netslim.launch.run.processes import count_processes, end_with_launcher, launch, launcher_flags
-from netslim.launch.run.recipe import commands_of, run_recipe, stages_of
+from netslim.launch.run.recipe import commands_of, rehearse_cuts, run_recipe, stages_of
 from netslim.launch.run.results import format_table, read_row, read_rows
 from netslim.launch.run.stage import (
     COMMANDS,
@@ -35,7 +36,7 @@ from netslim.launch.run.stage import (
     StageName,
     passes_to,
 )
-from netslim.launch.run.starting import check_batch, check_network, enter, start, work_each
+from netslim.launch.run.starting import check_batch, check_network, enter, read_target, start, work_each
 
 __all__ = [
     "COMMANDS",
@@ -54,6 +55,7 @@ __all__ = [
     "StageName",
     "check_batch",
     "check_network",
+    "check_unclaimed",
     "claim",
     "commands_of",
     "config_of_run",
@@ -71,6 +73,8 @@ __all__ = [
     "read_json",
     "read_row",
     "read_rows",
+    "read_target",
+    "rehearse_cuts",
     "run_recipe",
     "stages_of",
     "start",

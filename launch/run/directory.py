@@ -148,9 +148,16 @@ def claim(directory: Path, preset: str, config: RunConfig) -> None:
 
     Raises ValueError that lists the fields which differ, and OSError where the directory can't be written.
     """
-    path = directory / "config.json"
-    values = {"preset": preset, **to_dict(config)}
-    sparse = SPARSE.directory(directory)
+    check_unclaimed(directory, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    for mark in (PREEMPTED_MARK, FAILED_MARK):
+        (directory / mark).unlink(missing_ok=True)
+    write_json(directory / "config.json", {"preset": preset, **to_dict(config)})
+
+
+def check_unclaimed(directory: Path, config: RunConfig) -> None:
+    """Raise ValueError that lists the fields which differ, where a directory's stages were made with others."""
+    path, sparse = directory / "config.json", SPARSE.directory(directory)
     # a run that ended before its first stage began holds nothing that another configuration would mix with
     before = path if path.is_file() else sparse / "config.json"
     if sparse.is_dir() and before.is_file():
@@ -160,10 +167,6 @@ def claim(directory: Path, preset: str, config: RunConfig) -> None:
                 f"{directory} was made with another configuration: {'; '.join(differing)}. "
                 "Use the same values, another --run-dir, or delete the directory"
             )
-    directory.mkdir(parents=True, exist_ok=True)
-    for mark in (PREEMPTED_MARK, FAILED_MARK):
-        (directory / mark).unlink(missing_ok=True)
-    write_json(path, values)
 
 
 def _unread(directory: Path) -> list[str]:

@@ -4,13 +4,14 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from netslim.launch.config import RunConfig
 from netslim.launch.run.job import Job
 from netslim.launch.run.runner import Make, run_stage
 from netslim.launch.run.stage import COMMANDS, TRAINED, Command, Kind, Pass, Stage, passes_to
 from netslim.launch.run.stages import finetune, prune, restore, sparsify
-from netslim.prune import cut_proved, map_channels
+from netslim.prune import ChannelMap, Plan, cut_proved, map_channels
 
 MAKE: dict[Command, Make] = {"sparsify": sparsify, "prune": prune, "repair": restore, "finetune": finetune}
 """What is particular to the stages of each command; `run_stage` does what all stages have in common."""
@@ -55,13 +56,17 @@ def commands_of(command: str, config: RunConfig) -> tuple[str, ...]:
 
 def rehearse(job: Job) -> None:
     """Cut the untrained network at every ratio: what the floors or the network's code do not allow fails beforehand."""
-    rules = replace(job.config.prune.rules, score="gamma")
 
-    def plan_all() -> None:
+    def cut_all() -> None:
         model = job.build()
-        channels = map_channels(model, job.blank_image, job.config.prune.coupling)
-        noise = torch.randn(job.blank_image.shape, generator=torch.Generator().manual_seed(0)).to(job.blank_image)
-        for ratio in job.config.prune.ratio:
-            cut_proved(model, channels, noise, ratio, rules)
+        rehearse_cuts(model, map_channels(model, job.blank_image, job.config.prune.coupling), job.config)
 
-    job.run.on_main(plan_all)
+    job.run.on_main(cut_all)
+
+
+def rehearse_cuts(model: nn.Module, channels: ChannelMap, config: RunConfig) -> list[Plan]:
+    """The plans by which a network would be cut at each ratio, as it stands and by its gammas; raises as a cut does."""
+    rules, size = replace(config.prune.rules, score="gamma"), config.data.size
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(next(model.parameters()).device)
+    return [cut_proved(model, channels, noise, ratio, rules).plan for ratio in config.prune.ratio]

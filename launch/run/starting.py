@@ -5,13 +5,15 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
 from netslim.data import DataConfig, DataInfo, Loaders, Shard, check_batch_size, open_loaders, open_source, prepare
 from netslim.launch.config import RunConfig, run_directory
-from netslim.launch.presets import list_presets, read_preset
-from netslim.launch.run.directory import PREEMPTED_MARK, claim, occupied
+from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
+from netslim.launch.reading import parse
+from netslim.launch.run.directory import PREEMPTED_MARK, claim, occupied, preset_of_run
 from netslim.launch.run.job import Job
 from netslim.launch.run.processes import count_processes, end_with_launcher, keep_freed_memory, launch
 from netslim.train import Preempted, Runtime, build_model, check_model, check_values, num_gpus
@@ -49,6 +51,19 @@ def start(
         stage=at_work,
         was_preempted=(run_directory(preset, config) / PREEMPTED_MARK).is_file,
     )
+
+
+def read_target(command: str, target: str, flags: Sequence[str]) -> tuple[str, RunConfig, list[str]]:
+    """The preset, the configuration and the flags of a preset, or of a run as its config.json has them.
+
+    Raises ValueError or OSError as `read_preset` does, and for a directory that is no run.
+    """
+    if target in PRESETS or not Path(target).is_dir():
+        return target, read_preset(command, target, flags), list(flags)
+    preset = preset_of_run(Path(target))
+    every = ["--config", f"{target}/config.json", "--run-dir", target, *flags]
+    about = f"A run of the preset {preset}, with its own values."
+    return preset, parse(f"{command} {target}", about, find_preset(preset)(), every), every
 
 
 def check_network(config: RunConfig) -> None:

@@ -1,0 +1,32 @@
+"""What the command can say of itself at once: its help, its words for a shell's completion, and what is a wrong word.
+
+Words of a command line come in, text or a ValueError comes out. Presets and fields are read from their sources, for
+importing them takes torch, and seconds; nothing else of netslim is known here.
+"""
+
+from netslim.launch.help.commands import COMMANDS, HELP, HELP_ALL, Command, list_presets
+from netslim.launch.help.completion import SHELLS, script
+from netslim.launch.help.short import short_help
+from netslim.launch.help.source import Field, fields_of, presets
+from netslim.launch.help.targets import check_command, check_target, nearest_preset, no_such_run
+from netslim.launch.help.texts import help_of, overview
+
+__all__ = [
+    "COMMANDS",
+    "HELP",
+    "HELP_ALL",
+    "SHELLS",
+    "Command",
+    "Field",
+    "check_command",
+    "check_target",
+    "fields_of",
+    "help_of",
+    "list_presets",
+    "nearest_preset",
+    "no_such_run",
+    "overview",
+    "presets",
+    "script",
+    "short_help",
+]
