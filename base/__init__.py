@@ -8,7 +8,7 @@ from netslim.base.files import flush, replace_all, write_flushed
 from netslim.base.functions import said, split_function
 from netslim.base.lock import exclusive
 from netslim.base.shapes import Shapes, misfits
-from netslim.base.validation import complaint
+from netslim.base.validation import complaint, plainly
 
 __all__ = [
     "Shapes",
@@ -16,6 +16,7 @@ __all__ = [
     "exclusive",
     "flush",
     "misfits",
+    "plainly",
     "replace_all",
     "said",
     "split_function",

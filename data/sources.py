@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from netslim.base import exclusive
+from netslim.base import exclusive, plainly
 from netslim.data import folder
 from netslim.data.pixels import Fit, Reading, Seen, square
 
@@ -28,6 +28,7 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "netslim"
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class DataConfig:
     """Which images, how they are stored, and how they become batches."""

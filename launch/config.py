@@ -10,6 +10,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from netslim.base import plainly
 from netslim.data import DataConfig
 from netslim.prune import RepairConfig, Rules
 from netslim.train import CheckpointConfig, EngineConfig, FitConfig, ModelConfig, RecordConfig, SparsityConfig
@@ -17,6 +18,7 @@ from netslim.train import CheckpointConfig, EngineConfig, FitConfig, ModelConfig
 Start = Literal["slim", "cut", "scratch"]
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class PruneConfig(Rules):
     ratio: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], ...], Field(min_length=1)] = (0.5,)
@@ -35,6 +37,7 @@ class PruneConfig(Rules):
         return Rules(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Rules)})
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class FinetuneConfig(FitConfig):
     start: Annotated[tuple[Start, ...], Field(min_length=1)] = ("slim",)
@@ -47,6 +50,7 @@ class FinetuneConfig(FitConfig):
             raise ValueError(f"finetune.start names a start twice in {self.start}; name each once")
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class InspectConfig:
     ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
@@ -58,6 +62,7 @@ class InspectConfig:
     """Accuracy that may be lost: the largest ratio that loses no more, repaired, is marked."""
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class RunConfig:
     data: DataConfig = DataConfig()

@@ -32,7 +32,7 @@ def slim(
     `Rules`.
     Raises: ValueError as `map_channels` and `plan_network` do; RuntimeError as `cut_proved` does.
     """
-    chosen = Rules.of(**rules)
+    chosen = Rules(**rules)
     channels = map_channels(model, example, chosen.coupling)
     for line in cautions(model, channels, chosen.coupling):
         warnings.warn(line, stacklevel=2)

@@ -56,7 +56,7 @@ def test_no_file_is_longer_than_300_lines_and_the_recipe_fits_on_a_screen() -> N
 
 
 def test_the_room_below_all_others_is_tiny() -> None:
-    assert sum(map(lines_of, (ROOT / "base").glob("*.py"))) < 150
+    assert sum(map(lines_of, (ROOT / "base").glob("*.py"))) < 180
 
 
 @pytest.mark.parametrize("door", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in SUB_ROOMS])

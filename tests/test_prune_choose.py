@@ -113,8 +113,8 @@ def test_floors_that_hold_classes_make_the_ratio_unreachable():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_ratio": 1.5}, "max_ratio is 1.5: Input should be less than or equal to 1"),
-        ({"round_to": 0}, "round_to is 0: Input should be greater than or equal to 1"),
+        ({"max_ratio": 1.5}, "max_ratio is 1.5: input should be less than or equal to 1"),
+        ({"round_to": 0}, "round_to is 0: input should be greater than or equal to 1"),
     ],
 )
 def test_constraints_out_of_range_are_refused(options, message):

@@ -121,9 +121,9 @@ def test_missing_gammas_are_refused_naming_their_layer():
 
 
 def test_floors_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="min_channels is 0: Input should be greater than or equal to 1"):
+    with pytest.raises(ValueError, match="min_channels is 0: input should be greater than or equal to 1"):
         plan_of(*random_gammas(), ratio=0.5, min_channels=0)
-    with pytest.raises(ValueError, match=r"min_share is 1.5: Input should be less than or equal to 1"):
+    with pytest.raises(ValueError, match=r"min_share is 1.5: input should be less than or equal to 1"):
         plan_of(*random_gammas(), ratio=0.5, min_share=1.5)
 
 
@@ -153,23 +153,23 @@ def _edit_layer(**changes):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_edit(ratio=1.0), "ratio: Input should be less than 1"),
-        (_edit(ratio="0.5"), "ratio: Input should be a valid number"),
+        (_edit(ratio=1.0), "ratio is 1.0: input should be less than 1"),
+        (_edit(ratio="0.5"), "ratio is '0.5': input should be a valid number"),
         (_edit(ratio=0.36), "changed after it was written"),
-        (_edit(surprise=1), "surprise: Unexpected keyword argument"),
+        (_edit(surprise=1), "surprise is no field of it"),
         (_edit(num_removed=1), "num_removed says 1"),
         (_edit(threshold=None), "threshold of None does not go with 37"),
         (_edit(slices=[]), "layers and slices disagree about '0.1'"),
         (_edit(digest="0"), "changed after it was written"),
-        (_edit_layer(kept=[]), "layers.0.kept: Tuple should have at least 1 item"),
+        (_edit_layer(kept=[]), "layers.0.kept is []: tuple should have at least 1 item"),
         (_edit_layer(kept=[2, 1]), "kept indices of '0.1' are not sorted"),
         (_edit_layer(kept=[1, 1]), "kept indices of '0.1' are not sorted"),
         (_edit_layer(kept=[0, 40]), "kept index 40 of '0.1' is beyond its width 40"),
         (_edit_layer(kept=[-1, 3]), "greater than or equal to 0"),
-        (_edit_layer(kept=[0.5]), "layers.0.kept.0: Input should be a valid integer"),
+        (_edit_layer(kept=[0.5]), "layers.0.kept.0 is 0.5: input should be a valid integer"),
         (_edit_layer(name="2.1"), "layers name '2.1' twice"),
         (lambda content: content.pop("digest"), "it has no digest"),
-        (lambda content: content.pop("slices"), "slices: Field required"),
+        (lambda content: content.pop("slices"), "slices is missing"),
     ],
 )
 def test_a_tampered_plan_is_refused_in_one_line(edit, message):

@@ -11,7 +11,7 @@ from netslim.prune.scores import reading_norms
 
 def planned(model: nn.Module, ratio: float, **rules):
     channels = map_channels(model, EXAMPLE, rules.get("coupling", "group"))
-    return plan_network(model, channels, EXAMPLE, ratio, Rules.of(**rules))
+    return plan_network(model, channels, EXAMPLE, ratio, Rules(**rules))
 
 
 @pytest.mark.parametrize("coupling", ["group", "select"])

@@ -9,7 +9,10 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from netslim.base import plainly
 
+
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class FitConfig:
     epochs: Annotated[int, Field(ge=1)] = 160

@@ -11,11 +11,13 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from netslim.base import plainly
 from netslim.train.ranks import Fragment, whole
 
 _INTERVAL = 5
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class SparsityConfig:
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4

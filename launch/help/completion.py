@@ -17,7 +17,7 @@ _FUNCTION = """# netslim's completion for {shell}; in its start-up file: eval "$
 {flags}
         esac
     else
-        case $before in
+        case $command:$before in
 {values}
         esac
         if [[ -z $words ]] && ((COMP_CWORD == 2)); then
@@ -61,11 +61,17 @@ def _flags(command: Command, kinds: dict[str, list[Field]]) -> list[str]:
 
 
 def _values(kinds: dict[str, list[Field]]) -> list[tuple[str, tuple[str, ...]]]:
-    """The values of each flag that has some, of whichever command."""
-    found: dict[str, tuple[str, ...]] = {}
-    for field in (field for fields in kinds.values() for field in fields):
-        found[field.flag] = tuple(dict.fromkeys((*found.get(field.flag, ()), *field.choices)))
-    return list(found.items())
+    """The values of each flag that has some; of one that has others in another command, for each command by itself."""
+    found: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for name, command in COMMANDS.items():
+        for field in (field for kind in command.kinds for field in kinds[kind]):
+            found.setdefault(field.flag, {}).setdefault(field.choices, []).append(name)
+    return [
+        (pattern, choices)
+        for flag, by_choices in found.items()
+        for choices, names in by_choices.items()
+        for pattern in ([f"*:{flag}"] if len(by_choices) == 1 else [f"{name}:{flag}" for name in names])
+    ]
 
 
 def _subjects(command: Command) -> list[str]:

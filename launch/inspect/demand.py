@@ -1,6 +1,7 @@
 """What a run will take: memory of each process while it trains, and room on the disk."""
 
 import copy
+import resource
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,6 +19,11 @@ from netslim.train import EngineConfig
 _TRAINED = (Kind.SPARSE, Kind.FINETUNED, Kind.FINETUNED_CUT, Kind.SCRATCH)
 
 
+def own_memory() -> int:
+    """The most bytes that this process has had in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 @dataclass(frozen=True)
 class Demand:
     """What training takes of a process, in bytes."""
@@ -26,10 +32,12 @@ class Demand:
     """Weights, gradients and momenta, buffers."""
     kept: int
     """What the forward pass keeps of a step's images for the backward pass."""
+    copies: int
+    """Where weights lie in the process's own memory: those of a checkpoint that is written, and of the cut's proof."""
 
     @property
     def total(self) -> int:
-        return self.states + self.kept
+        return self.states + self.kept + self.copies
 
 
 def kept_for_backward(model: nn.Module, images: Tensor, engine: EngineConfig) -> int:
@@ -56,7 +64,7 @@ def kept_for_backward(model: nn.Module, images: Tensor, engine: EngineConfig) ->
     return total
 
 
-def training_demand(model: nn.Module, config: RunConfig, num_processes: int) -> Demand:
+def training_demand(model: nn.Module, config: RunConfig, num_processes: int, *, on_gpu: bool) -> Demand:
     """What sparsity training takes of each process; raises what the network's own forward does."""
     size, zero = config.data.size, config.engine.zero
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -68,16 +76,20 @@ def training_demand(model: nn.Module, config: RunConfig, num_processes: int) -> 
     return Demand(
         states=round(parameters * sum(shares)) + buffers,
         kept=round(kept_for_backward(model, images, config.engine) / len(images) * part),
+        # weights and momenta twice, as tensors and as a file; the network and the masked one twice in float64
+        copies=0 if on_gpu else 8 * parameters,
     )
 
 
-def memory_line(demand: Demand, config: RunConfig, num_processes: int, *, on_gpu: bool) -> str:
-    """Say what training takes of each process."""
+def memory_line(demand: Demand, config: RunConfig, num_processes: int, program: int, *, on_gpu: bool) -> str:
+    """Say what training takes of each process, besides the bytes that the program itself takes."""
     per = config.data.batch_size // num_processes // config.engine.accumulation
-    where = "GPU" if on_gpu else "process, besides that of the program itself"
+    where = "GPU" if on_gpu else f"process, besides {_mega(program)} of the program itself"
+    copies = f", {_mega(demand.copies)} of copies, for checkpoints and for the proof of the cut" * (not on_gpu)
     return (
         f"memory of training: about {_mega(demand.total)} of each {where}: {_mega(demand.states)} of weights, "
         f"gradients and momenta, {_mega(demand.kept)} of what {per} images leave for the backward pass"
+        f"{copies}"
     )
 
 

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 from torch import nn
 
-from netslim.data import Source, check_batch_size, open_source
+from netslim.data import Source, open_source
 from netslim.launch.config import RunConfig, run_directory, to_yaml
-from netslim.launch.inspect.demand import disk_lines, memory_line, training_demand
+from netslim.launch.inspect.demand import disk_lines, memory_line, own_memory, training_demand
 from netslim.launch.inspect.describe import build_first, map_first, predict_pull
 from netslim.launch.run import (
     SPARSE,
     Kind,
     Stage,
+    check_batch,
     check_network,
     check_unclaimed,
     count_processes,
@@ -32,9 +33,9 @@ def foresee(command: str, preset: str, config: RunConfig, commands: Sequence[str
 
     Raises ValueError or OSError where the command would be refused before it trains.
     """
-    num_processes = count_processes(config)
+    num_processes, program = count_processes(config), own_memory()
     check_network(config)
-    check_batch_size(config.data.batch_size, num_processes, config.engine.accumulation)
+    check_batch(config, num_processes)
     directory = run_directory(preset, config)
     check_unclaimed(directory, config)
     source, missing = _images(config)
@@ -45,7 +46,7 @@ def foresee(command: str, preset: str, config: RunConfig, commands: Sequence[str
     todo = [stage for stage in stages if not is_complete(stage.directory(directory))]
     plans = dict(zip(config.prune.ratio, rehearse_cuts(model, channels, config), strict=True))
     on_gpu = bool(num_gpus()) and not config.cpu
-    demand = training_demand(model, config, num_processes)
+    demand = training_demand(model, config, num_processes, on_gpu=on_gpu)
     steps = len(source.train) // config.data.batch_size if source else None
     said = [
         f"{command} {preset} --dry-run: nothing is started or written. This text is a file for --config.",
@@ -57,7 +58,7 @@ def foresee(command: str, preset: str, config: RunConfig, commands: Sequence[str
         *_pull(config, model, channels, source),
         *missing,
         None,
-        memory_line(demand, config, num_processes, on_gpu=on_gpu),
+        memory_line(demand, config, num_processes, program, on_gpu=on_gpu),
         *disk_lines(model, config, todo, directory, source),
     ]
     head, *rest = [f"# {line}".rstrip() if line else "#" for line in said]

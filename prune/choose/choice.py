@@ -38,7 +38,7 @@ def make_plan(gammas: Mapping[str, Tensor], channels: ChannelMap, *, ratio: floa
     Raises: ValueError if a number is out of its range, gammas are missing, misshapen or not finite, or if the rules
     make the ratio unreachable.
     """
-    return choose(gammas, channels, ratio, Rules.of(**rules))
+    return choose(gammas, channels, ratio, Rules(**rules))
 
 
 def choose(

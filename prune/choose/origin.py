@@ -13,12 +13,13 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from netslim.base import complaint, said, split_function
+from netslim.base import complaint, plainly, said, split_function
 
 TRUSTED = ("netslim", "torchvision.models")
 """Packages whose functions may be given more than a number of classes."""
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class Origin:
     """The function that builds the original network, and what it is called with.

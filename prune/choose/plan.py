@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from netslim.base import complaint
+from netslim.base import complaint, plainly
 from netslim.prune.choose.origin import Origin
 from netslim.prune.choose.rules import Rules
 
@@ -23,6 +23,7 @@ _Width = Annotated[int, Field(ge=1)]
 _Indices = Annotated[tuple[_Count, ...], Field(min_length=1)]
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Kept:
     """What stays of one BatchNorm."""
@@ -43,6 +44,7 @@ class Kept:
         _check_indices(self.name, self.kept, self.width)
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Slice:
     """What stays of the input and output features of one layer with weights; None = all."""
@@ -58,6 +60,7 @@ class Slice:
         _check_indices(self.name, self.outputs or (0,), self.num_outputs)
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Selection:
     """What stands around a BatchNorm that loses gammas whose channels stay; None = nothing."""
@@ -79,6 +82,7 @@ class Selection:
         _check_indices(self.name, self.after or (0,), self.num_after)
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Trim:
     """What stays of one dimension of a parameter or buffer that is none of a layer of torch's form."""
@@ -93,6 +97,7 @@ class Trim:
         _check_indices(self.name, self.kept, self.size)
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Plan:
     """The channels that stay, per layer, and what that means for every layer with weights.

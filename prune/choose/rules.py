@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from netslim.base import plainly
 from netslim.prune.map import Coupling
 
 Target = Literal["channels", "params", "macs"]
@@ -18,6 +19,7 @@ Scope = Literal["network", "family", "layer"]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Rules:
     """How channels are chosen, besides the ratio. All rules hold exactly, or the ratio is refused."""
@@ -47,16 +49,6 @@ class Rules:
     """Kept channels of every cut layer are rounded up to a multiple of this, or to all; the largest come back."""
     exclude: tuple[str, ...] = ()
     """Layers that lose no channel: names or patterns of them (`layer4.*`), or types (`Linear`)."""
-
-    @classmethod
-    def of(cls, **values: Any) -> Self:
-        """Make rules from keywords; ValueError, in one line, for an unknown name or a value out of its range."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{name} is {first['input']!r}: {first['msg']}") from None
 
     def __str__(self) -> str:
         """Name the rules that differ from the defaults."""

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as configuration
 from torch import nn
 
+from netslim.base import plainly
 from netslim.prune.choose import Plan
 from netslim.prune.map import few
 from netslim.prune.record import replica
@@ -25,6 +26,7 @@ SAME_LOSS = 1e-3
 """Largest difference of a loss, relative to max(1, loss), that counts as rounding."""
 
 
+@plainly
 @configuration(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class RepairConfig:
     """What is done to a cut network before it is trained again."""

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from netslim.base import plainly
 from netslim.train.models.weights import SUFFIXES, digest_of
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class ModelConfig:
     name: str = "vgg19"

@@ -20,6 +20,8 @@ from accelerate.utils import (
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from netslim.base import plainly
+
 _JOINING_SECONDS = 600  # until every rank has started: imports from a shared disk take their time
 _HOOKS = {"float32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
 
@@ -33,6 +35,7 @@ def _launchers_precision() -> Precision:
     return cast(Precision, asked)
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class EngineConfig:
     precision: Precision = Field(default_factory=_launchers_precision)

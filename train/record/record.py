@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from tqdm import tqdm
 
+from netslim.base import plainly
 from netslim.train.record.pace import Leg, Pace
 from netslim.train.record.wandb_content import Lineage, Picture, Table
 from netslim.train.record.wandb_run import WandbRun
@@ -20,6 +21,7 @@ from netslim.train.record.wandb_server import wandb_mode
 T = TypeVar("T")
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class RecordConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"

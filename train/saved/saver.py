@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from netslim.base import plainly
 from netslim.train.ranks import Runtime, combined
 from netslim.train.saved.checkpoint import Snapshot, Store
 from netslim.train.saved.contents import check_tensors, check_values
@@ -19,6 +20,7 @@ from netslim.train.saved.trainee import Trainee
 T = TypeVar("T")
 
 
+@plainly
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class CheckpointConfig:
     minutes: Annotated[float, Field(gt=0)] | None = 10.0
