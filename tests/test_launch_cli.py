@@ -1,10 +1,15 @@
 """The command line: what a user sees for help, and for each mistake."""
 
+import contextlib
 import json
+import os
 import re
+import shlex
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+import netslim as package
 from netslim.launch.cli import COMMANDS, dispatch
-from netslim.launch.config import RunConfig
+from netslim.launch.config import RunConfig, field_names, to_yaml
+from netslim.launch.help import fields_of, presets
 from netslim.launch.inspect.describe import describe
+from netslim.launch.presets import PRESETS
+from netslim.launch.reading import parse
 from netslim.launch.run import read_rows
 from netslim.launch.run.directory import claim
 from netslim.train import ModelConfig
@@ -83,13 +92,133 @@ def test_help_names_commands_and_presets(capfd: pytest.CaptureFixture[str]) -> N
         assert word in text
 
 
-def test_help_of_a_preset_lists_its_fields(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_needs_no_more_than_80_columns(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        dispatch(arguments)
+    text = re.sub(r"^usage: netslim export .*", "", capfd.readouterr().out)  # a line that tyro makes by itself
+    assert {line for line in text.splitlines() if len(line) > 80} == set()
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m netslim`` with a list of what it imports on stderr."""
+    command = [sys.executable, "-X", "importtime", "-m", "netslim", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["help", "run"],
+        ["prune"],
+        ["completion", "bash"],
+        ["rum", "digits"],
+        ["run", "digit"],
+        ["inspect", "runs/nope"],
+        ["digits"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
+    imported = set(re.findall(r"\| +([\w.]+)$", program(*arguments).stderr, re.MULTILINE))
+    assert "netslim.launch.cli" in imported
+    assert not imported & {"torch", "accelerate", "wandb", "pydantic", "numpy", "tyro", "netslim.train"}
+
+
+def test_help_comes_within_half_a_second() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "netslim", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert statistics.median(seconds() for _ in range(5)) < 0.5
+
+
+def test_the_version_is_that_of_the_package(capfd: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["--version"]) == 0
+    assert capfd.readouterr().out == f"netslim {package.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", package.__version__)
+
+
+@pytest.mark.parametrize(("words", "same"), [([], ["--help"]), (["prune"], ["prune", "--help"])])
+def test_help_of_a_command_is_what_the_command_says_itself(
+    words: list[str], same: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert dispatch(["help", *words]) == 0
+    said = capfd.readouterr().out
+    assert dispatch(same) == 0
+    assert capfd.readouterr().out == said
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "netslim", "--help"]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_what_is_read_from_the_sources_is_what_they_define() -> None:
+    assert list(presets()) == list(PRESETS)
+    assert presets() == {name: (make.__doc__ or "").splitlines()[0] for name, make in PRESETS.items()}
+    assert [field.name for field in fields_of()] == field_names(RunConfig())
+    choices = {field.name: field.choices for field in fields_of()}
+    assert choices["prune.coupling"] == ("group", "select")
+    assert choices["finetune.start"] == ("slim", "cut", "scratch")
+    assert choices["engine.precision"] == ("no", "bf16", "fp16")
+    assert all(field.about for field in fields_of())
+
+
+def flags_of(help_all: str) -> set[str]:
+    return set(
+        re.findall(r"(?<![\w-])--[a-z][\w.-]*", re.sub(r"--config FILE.*?width 1\.", "", help_all, flags=re.DOTALL))
+    )
+
+
+def test_short_help_names_what_people_set_and_where_the_rest_is(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        dispatch(["run", "digits", "--help"])
+        dispatch(["run", "digits", "--help", "--prune.passes", "3"])
     assert stop.value.code == 0
     text = capfd.readouterr().out
+    for word in ("--prune.ratio", "--sparsity.weight", "--run-dir", "--config", "--help-all", "default: 0.5 0.9"):
+        assert word in text
+    assert "--prune.min-channels" not in text
+    assert text.count("\n") < 90
+
+
+def test_help_all_lists_every_field_of_a_preset(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        dispatch(["run", "digits", "--help-all"])
+    assert stop.value.code == 0
+    text = capfd.readouterr().out
+    assert {field.flag for field in fields_of()} <= set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text))
     for word in ("--prune.ratio", "--sparsity.weight", "--run-dir", "--config", "default: 0.5 0.9"):
         assert word in text
+
+
+def completed(script: Path, *words: str) -> list[str]:
+    """What bash offers in the place of the last word."""
+    typed = " ".join(map(shlex.quote, words))
+    ask = f"source {script}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _netslim; echo ${{COMPREPLY[@]}}"
+    return subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_bash_completes_commands_presets_flags_and_values(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["completion", "bash"]) == 0
+    script = tmp_path / "netslim.bash"
+    script.write_text(capfd.readouterr().out)
+    assert completed(script, "netslim", "s") == ["sparsify", "submit", "sweep"]
+    assert completed(script, "netslim", "run", "v") == ["vgg19-cifar10"]
+    assert completed(script, "netslim", "run", "digits", "--prune.ro") == ["--prune.round-to"]
+    assert completed(script, "netslim", "run", "digits", "--dr") == ["--dry-run"]
+    assert completed(script, "netslim", "prune", "digits", "--prune.coupling", "") == ["group", "select"]
+    assert completed(script, "netslim", "export", "runs/x", "--format", "") == ["onnx", "pt2", "weights"]
+    assert completed(script, "netslim", "compare", "runs/x", "--format", "c") == ["csv"]
+    assert completed(script, "netslim", "submit", "digits", "--gpus") == ["--gpus-per-node"]
+    assert completed(script, "netslim", "completion", "") == ["bash", "zsh"]
 
 
 def test_the_console_script_ends_a_mistake_with_one_line_and_code_2() -> None:
@@ -103,6 +232,13 @@ def test_the_console_script_ends_a_mistake_with_one_line_and_code_2() -> None:
     ("arguments", "parts"),
     [
         (["rum", "digits"], ["no command is called 'rum'", "run"]),
+        (["digits"], ["digits is a preset, no command", "netslim run digits"]),
+        (["help", "rum"], ["no command is called 'rum'", "run"]),
+        (["completion", "fish"], ["there is completion for bash and zsh, not for 'fish'"]),
+        (["inspect", "runs/nope"], ["no run directory runs/nope", "no preset is called 'runs/nope'", "digits"]),
+        (["config", "nope"], ["no run directory nope", "no preset is called 'nope'", "digits"]),
+        (["sweep", "runs/nope"], ["no sweep directory runs/nope", "no preset is called 'runs/nope'", "digits"]),
+        (["data", "digits", "--dry-run"], ["there is no field --dry-run"]),
         (["run", "lab"], ["no preset is called 'lab'", "lab-vgg19-cifar10"]),
         (["run", "digits", "--prun.ratio", "0.5"], ["--prun.ratio", "--prune.ratio"]),
         (["run", "digits", "--model.name", "vgg91"], ["no model is called 'vgg91'", "vgg19"]),
@@ -247,6 +383,120 @@ def test_a_full_disk_ends_the_run_and_leaves_no_stage_that_looks_complete(
     assert not list(full_disk.glob("*/metrics.json"))
 
 
+def test_what_is_no_run_is_answered_by_the_runs_that_there_are(
+    netslim: Netslim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        claim(Path("runs") / name, "digits", RunConfig())
+    code, error = netslim("inspect", "runs/frist")
+    assert code == 2
+    assert_one_line(
+        error, "no run directory runs/frist", "the runs are runs/first, runs/second", "the presets are digits"
+    )
+    code, error = netslim("run", "runs/first")
+    assert code == 2
+    assert_one_line(error, "runs/first is a run directory, of the preset digits", "--run-dir runs/first")
+
+
+@pytest.mark.parametrize("form", ["dry run", "config"])
+@pytest.mark.parametrize("name", ["digits", "preresnet164-cifar10"])
+def test_a_configuration_that_is_printed_is_one_that_is_read(
+    form: str, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    flags = [
+        "--model",
+        "preresnet20",
+        "--prune.ratio",
+        "0.25",
+        "--prune.exclude",
+        "bn1",
+        "layer2.*",
+        "--record.tags",
+        "no",
+    ]
+    arguments = ["run", name, *flags, "--dry-run"] if form == "dry run" else ["config", name, *flags]
+    assert dispatch(arguments) == 0
+    file = tmp_path / "printed.yaml"
+    file.write_text(capfd.readouterr().out)
+    assert parse("", "", PRESETS["resnet50-imagenet"](), ["--config", str(file)]) == parse(
+        "", "", PRESETS[name](), flags
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+def test_the_configuration_of_a_run_is_printed_from_its_directory(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig(model=ModelConfig(name="vgg13", width=0.125), run_dir=tmp_path)
+    claim(tmp_path, "digits", config)
+    assert dispatch(["config", str(tmp_path)]) == 0
+    assert capfd.readouterr().out == to_yaml(config)
+
+
+def comments(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.startswith("#"))
+
+
+def test_a_dry_run_says_stages_cuts_memory_and_disk_and_touches_nothing(
+    tiny: list[object], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    flags = ["--prune.ratio", "0.25", "0.5", "--data.cache", str(tmp_path / "cache")]
+    assert dispatch(["run", *map(str, tiny), *flags, "--dry-run"]) == 0
+    said = comments(capfd.readouterr().out)
+    assert "sparsity training, 1 epochs of 5 steps" in said
+    assert "# prune-0.25     cut 43 of 172 channels" in said
+    assert "# prune-0.50     cut 86 of 172 channels" in said
+    assert said.count("to do") == 7
+    assert "172 of 172 channels are prunable" in said
+    assert "warning: pull 0.031 = lambda 0.01 x" in said
+    assert re.search(r"memory of training: about [\d.,]+ MB of each process", said)
+    assert re.search(rf"disk: at most [\d.,]+ MB in {tmp_path}/run: 7 networks", said)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_is_done_and_why_channels_stay(
+    netslim: Netslim, tiny: list[object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*map(str, tiny), "--model", "preresnet20", "--model.width", "0.25", "--prune.ratio", "0.25"]
+    assert netslim("sparsify", *flags)[0] == 0
+    assert dispatch(["run", *flags, "--dry-run"]) == 0
+    said = comments(capfd.readouterr().out)
+    assert re.search(r"# sparse .* done$", said, re.MULTILINE)
+    assert said.count("to do") == 3
+    assert re.search(r"\d+ of \d+ channels are prunable; \d+ stay: ", said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--prune.ratio", "0.9", "--prune.min-share", "0.5"], "the largest ratio possible is 0.5"),
+        (["--num-processes", "3"], "batch size 256 is not a multiple of 3 ranks"),
+        (["--model.name", "vgg91"], "no model is called 'vgg91'"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    flags: list[str], part: str, netslim: Netslim, tiny: list[object], tmp_path: Path
+) -> None:
+    code, error = netslim("run", *tiny, *flags, "--dry-run")
+    assert code == 2
+    assert_one_line(error, part)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_without_the_images_says_so_and_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.source", "folder", "--data.root", str(tmp_path / "none"), "--model.width", "0.0625", "--cpu"]
+    assert dispatch(["run", "vgg19-cifar10", *flags, "--dry-run"]) == 0
+    said = comments(capfd.readouterr().out)
+    assert "warning: the run would be refused" in said
+    assert str(tmp_path / "none") in said
+    assert "memory of training" in said
+
+
 def test_inspect_prints_the_map_of_a_preset(capfd: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["inspect", "digits", "--model.width", "0.0625"]) == 0
     lines = capfd.readouterr().out.splitlines()
@@ -254,6 +504,7 @@ def test_inspect_prints_the_map_of_a_preset(capfd: pytest.CaptureFixture[str]) -
     assert lines[2].split() == ["4", "4", "features.1", "features.0", "->", "features.4", "prunable"]
     assert lines[-3] == "172 of 172 channels are prunable"
     assert lines[-1].startswith("pull 1.55 = lambda 0.01 x")
+    assert lines[-1].endswith("this lambda can bring gammas to zero in this schedule, by 3.1 times the median")
 
 
 def test_inspect_predicts_before_training_that_lambda_is_too_small_and_names_one_that_suffices(

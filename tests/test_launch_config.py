@@ -1,13 +1,25 @@
 """Configuration: preset, file, flags; and what a mistake in them says."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from netslim.launch.config import RunConfig, differences, fixed_fields, to_dict
+from netslim.data import DataConfig
+from netslim.launch.config import RunConfig, differences, fixed_fields, to_dict, to_yaml
 from netslim.launch.presets import PRESETS, find_preset
 from netslim.launch.reading import from_dict, parse
+from netslim.prune import Origin, RepairConfig, Rules
+from netslim.train import (
+    CheckpointConfig,
+    EngineConfig,
+    FitConfig,
+    ModelConfig,
+    RecordConfig,
+    SparsityConfig,
+)
 
 
 def resolve(*arguments: str) -> RunConfig:
@@ -84,6 +96,58 @@ def test_a_mistake_in_a_file_names_the_file_and_the_field(text: str, message: st
     with pytest.raises(ValueError, match=r"mine\.yaml") as caught:
         resolve("--config", str(file))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "field", "value"),
+    [
+        ("prune: {ratio: 0.5}", "prune", "ratio", (0.5,)),
+        ("prune: {ratio: 5e-1, exclude: features.0}", "prune", "exclude", ("features.0",)),
+        ("finetune: {start: scratch, milestones: 0.5}", "finetune", "start", ("scratch",)),
+        ("repair: {steps: absorb}", "repair", "steps", ("absorb",)),
+        ("record: {tags: mine}", "record", "tags", ("mine",)),
+        ("inspect: {ratios: 0.5}", "inspect", "ratios", (0.5,)),
+    ],
+)
+def test_one_value_in_a_file_stands_for_a_list_of_one(
+    text: str, section: str, field: str, value: tuple[object, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    assert getattr(getattr(resolve("--config", str(file)), section), field) == value
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_yaml_file_gives_back_the_configuration_it_was_made_of(name: str, tmp_path: Path) -> None:
+    config = PRESETS[name]()
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert resolve("--config", str(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Origin(function="here"), "Origin: num_classes is missing"),
+        (lambda: Origin(function="here", num_classes=2), "Origin: 'here' names no function; write module:function"),
+        (lambda: Origin(function="my.nets:build", num_classes="2"), "num_classes is '2': input should be a valid int"),
+        (lambda: Rules(rato=0.5), "Rules: rato is no field of it"),  # type: ignore[call-arg]
+        (lambda: RepairConfig(steps=("absrb",)), "RepairConfig: steps.0 is 'absrb': input should be 'absorb'"),
+        (lambda: DataConfig(size=3), "DataConfig: size is 3: input should be greater than or equal to 8"),
+        (lambda: FitConfig(nesterov=True, momentum=0), "FitConfig: nesterov needs a momentum above 0"),
+        (lambda: SparsityConfig(weight=-1), "SparsityConfig: weight is -1"),
+        (lambda: EngineConfig(zero=5), "EngineConfig: zero is 5"),
+        (lambda: CheckpointConfig(keep=0), "CheckpointConfig: keep is 0"),
+        (lambda: ModelConfig(width=0), "ModelConfig: width is 0: input should be greater than 0"),
+        (lambda: RecordConfig(wandb="on"), "RecordConfig: wandb is 'on'"),
+        (lambda: RunConfig(seed=-1), "RunConfig: seed is -1"),
+    ],
+)
+def test_a_mistake_in_python_is_one_line_too(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
