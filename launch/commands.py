@@ -9,6 +9,7 @@ from netslim.launch.batch import submit_run
 from netslim.launch.compare import compare_runs
 from netslim.launch.config import RunConfig, run_directory, to_yaml
 from netslim.launch.export import export_run
+from netslim.launch.help import DRY_RUN
 from netslim.launch.inspect import foresee, inspect_run
 from netslim.launch.presets import read_preset
 from netslim.launch.recipe import COMMANDS_VARIABLE
@@ -28,7 +29,6 @@ from netslim.launch.run import (
 )
 from netslim.launch.sweep import sweep_runs
 
-_DRY_RUN = "--dry-run"
 _WITH_OWN_FLAGS: dict[str, Callable[[Sequence[str], str], int]] = {
     "export": export_run,
     "submit": submit_run,
@@ -49,10 +49,10 @@ def carry_out(command: str, about: str, arguments: Sequence[str]) -> int:
         return 0
     if command == "data":
         return write_data(read_preset("netslim data", target, flags))
-    own = [flag for flag in flags if flag != _DRY_RUN]
+    own = [flag for flag in flags if flag != DRY_RUN]
     config = read_preset(f"netslim {command}", target, own)
     commands = commands_of(command, config)
-    if _DRY_RUN in flags:
+    if DRY_RUN in flags:
         print(foresee(f"netslim {command}", target, config, commands))
         return 0
     return run_stages(target, config, commands, own)

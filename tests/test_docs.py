@@ -362,11 +362,12 @@ def test_every_path_of_the_repository_on_a_page_exists(page: Path) -> None:
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
     """Every flag that a command's help lists."""
-    helps = (["run", "digits"], ["submit"], ["sweep"], ["compare"], ["export"])
+    helps = ([], ["run", "digits", "--help-all"], ["submit"], ["sweep"], ["compare"], ["export"])
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         for command in helps:
-            called(lambda command=command: dispatch([*command, "--help"]))  # type: ignore[misc]
+            asks = command if "--help-all" in command else [*command, "--help"]
+            called(lambda asks=asks: dispatch(asks))  # type: ignore[misc]
     return {"--config", "--model", *OF_SBATCH, *re.findall(r"--[a-z][\w.-]*", said.getvalue())}
 
 

@@ -17,17 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import netslim as package
 from netslim.launch.cli import COMMANDS, dispatch
 from netslim.launch.config import RunConfig, field_names, to_yaml
 from netslim.launch.help import fields_of, presets
+from netslim.launch.inspect.demand import kept_for_backward, training_demand
 from netslim.launch.inspect.describe import describe
 from netslim.launch.presets import PRESETS
 from netslim.launch.reading import parse
 from netslim.launch.run import read_rows
 from netslim.launch.run.directory import claim
-from netslim.train import ModelConfig
+from netslim.train import EngineConfig, ModelConfig
 
 Netslim = Callable[..., tuple[int, str]]
 
@@ -412,8 +414,7 @@ def test_a_configuration_that_is_printed_is_one_that_is_read(
         "--prune.ratio",
         "0.25",
         "--prune.exclude",
-        "bn1",
-        "layer2.*",
+        "blocks.0.*",
         "--record.tags",
         "no",
     ]
@@ -469,6 +470,25 @@ def test_a_dry_run_says_what_is_done_and_why_channels_stay(
     assert re.search(r"# sparse .* done$", said, re.MULTILINE)
     assert said.count("to do") == 3
     assert re.search(r"\d+ of \d+ channels are prunable; \d+ stay: ", said)
+
+
+def test_what_a_forward_pass_keeps_is_counted_to_the_byte() -> None:
+    convolutions = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    network = nn.Sequential(convolutions[0], nn.BatchNorm2d(8), nn.ReLU(), convolutions[1])
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    images = torch.randn(2, 3, 16, 16)
+    pixels, floats = 2 * 16 * 16, 4
+    # the images, what the BatchNorm reads and what the ReLU gives; of the BatchNorm mean and deviation
+    assert kept_for_backward(network, images, EngineConfig()) == (3 + 8 + 8) * pixels * floats + 2 * 8 * floats
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(("zero", "shares"), [(0, 3.0), (1, 2.5), (2, 2.0), (3, 1.5)])
+def test_zero_divides_what_training_keeps_of_weights(zero: int, shares: float) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    config = RunConfig(engine=EngineConfig(zero=zero))  # type: ignore[arg-type]
+    demand = training_demand(network, config, 2, on_gpu=True)
+    assert demand.states == round(shares * sum(each.nbytes for each in network.parameters()))
 
 
 @pytest.mark.parametrize(

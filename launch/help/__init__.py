@@ -4,7 +4,7 @@ Words of a command line come in, text or a ValueError comes out. Presets and fie
 importing them takes torch, and seconds; nothing else of netslim is known here.
 """
 
-from netslim.launch.help.commands import COMMANDS, HELP, HELP_ALL, Command, list_presets
+from netslim.launch.help.commands import COMMANDS, DRY_RUN, HELP, HELP_ALL, Command, list_presets
 from netslim.launch.help.completion import SHELLS, script
 from netslim.launch.help.short import short_help
 from netslim.launch.help.source import Field, fields_of, presets
@@ -13,6 +13,7 @@ from netslim.launch.help.texts import help_of, overview
 
 __all__ = [
     "COMMANDS",
+    "DRY_RUN",
     "HELP",
     "HELP_ALL",
     "SHELLS",

@@ -8,6 +8,7 @@ from netslim.launch.help.source import presets
 
 HELP = ("-h", "--help")
 HELP_ALL = "--help-all"
+DRY_RUN = "--dry-run"
 _WIDTH = 80
 """Columns of all help: what every terminal has."""
 
@@ -25,7 +26,7 @@ class Command:
     """Flags of no configuration."""
 
 
-_DRY = (*Command("").extra, "--dry-run")
+_DRY = (*Command("").extra, DRY_RUN)
 COMMANDS = {
     "run": Command("all stages on this machine: sparsity training, pruning, repair, fine-tuning", extra=_DRY),
     "sparsify": Command("sparsity training only", extra=_DRY),

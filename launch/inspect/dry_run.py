@@ -33,12 +33,13 @@ def foresee(command: str, preset: str, config: RunConfig, commands: Sequence[str
 
     Raises ValueError or OSError where the command would be refused before it trains.
     """
-    num_processes, program = count_processes(config), own_memory()
+    num_processes = count_processes(config)
     check_network(config)
     check_batch(config, num_processes)
     directory = run_directory(preset, config)
     check_unclaimed(directory, config)
     source, missing = _images(config)
+    program = own_memory()
     is_trained = is_complete(SPARSE.directory(directory))
     model = build_first(config, is_trained=is_trained, num_classes=len(source.classes) if source else 10)
     channels = map_first(config, model)
