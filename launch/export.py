@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from netslim.data import prepared
+from netslim.launch.help import known_runs
 from netslim.launch.reading import read_flags
 from netslim.launch.run import INPUT, METRICS, SPARSE, config_of_run, is_complete, read_json, read_row
 from netslim.launch.tables import aligned
@@ -148,7 +149,9 @@ def find_stage(run: Path, ratio: float | None) -> Path:
     Raises FileNotFoundError where none is finished, and ValueError for a ratio that it lacks or that must be named.
     """
     if not run.is_dir():
-        raise FileNotFoundError(f"there is no run at {run}; name a run directory, as runs/digits, or a stage in it")
+        raise FileNotFoundError(
+            f"there is no run at {run}; name a run directory, as runs/digits, or a stage in it; {known_runs(run)}"
+        )
     stages = _finished(run)
     if ratio == 0 and is_complete(SPARSE.directory(run)):
         return SPARSE.directory(run)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from netslim.launch.config import RunConfig, fixed_fields, to_dict
+from netslim.launch.help import known_runs
 from netslim.launch.run import (
     METRICS,
     PREEMPTED_MARK,
@@ -135,7 +136,9 @@ def gather(paths: Sequence[Path]) -> Gathered:
 
 def _places(path: Path) -> Iterator[_Place]:
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no directory {path}; name run directories, as runs/digits, or a sweep's")
+        raise FileNotFoundError(
+            f"there is no directory {path}; name run directories, as runs/digits, or a sweep's; {known_runs(path)}"
+        )
     if (path / INDEX).is_file():
         for member in Sweep.read(path).members:
             yield _Place(path=path / member.name, name=member.name, is_of_sweep=True, **vars(member))

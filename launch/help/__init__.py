@@ -8,7 +8,7 @@ from netslim.launch.help.commands import COMMANDS, DRY_RUN, HELP, HELP_ALL, Comm
 from netslim.launch.help.completion import SHELLS, script
 from netslim.launch.help.short import short_help
 from netslim.launch.help.source import Field, fields_of, presets
-from netslim.launch.help.targets import check_command, check_target, nearest_preset, no_such_run
+from netslim.launch.help.targets import check_command, check_target, known_runs, nearest_preset
 from netslim.launch.help.texts import help_of, overview
 
 __all__ = [
@@ -23,9 +23,9 @@ __all__ = [
     "check_target",
     "fields_of",
     "help_of",
+    "known_runs",
     "list_presets",
     "nearest_preset",
-    "no_such_run",
     "overview",
     "presets",
     "script",

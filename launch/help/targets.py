@@ -45,9 +45,9 @@ def nearest_preset(name: str) -> str:
     return f"no preset is called {name!r}; the nearest are {', '.join(nearest)}"
 
 
-def no_such_run(path: Path) -> str:
-    """What is said where there is no run at a path."""
-    return f"there is no run directory {path}; {_directories(path, 'RUN')}"
+def known_runs(path: Path) -> str:
+    """Which run directories there are, where there is none at a path."""
+    return _directories(path, "RUN")
 
 
 def _was_run(command: str, path: Path) -> str | None:
