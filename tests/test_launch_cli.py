@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,9 +131,11 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
 
 def test_help_comes_within_half_a_second() -> None:
     def seconds() -> float:
-        started = time.perf_counter()
+        """Of a processor: on the clock it also waits for whatever else this machine does."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "netslim", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert statistics.median(seconds() for _ in range(5)) < 0.5
 
