@@ -16,7 +16,7 @@ _WITH_OWN_HELP = ("export", "submit", "sweep", "compare")
 
 def main() -> int:
     """The console script, and ``python -m netslim``."""
-    code = guarded(_dispatch_and_flush)
+    code = guarded(_dispatch_and_flush, rank=0)  # also under a launcher, whose processes it does not join
     if code == LOST_RANK:
         end_at_once(code)
     return code

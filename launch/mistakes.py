@@ -14,8 +14,8 @@ UNREAD = 141
 """As a shell counts SIGPIPE: nobody reads what is printed any more."""
 
 
-def guarded(body: Callable[[], int | None]) -> int:
-    """Run ``body`` and return the process's exit code.
+def guarded(body: Callable[[], int | None], rank: int | None = None) -> int:
+    """Run ``body`` and return the process's exit code; ``rank`` None is what a launcher says that this process is.
 
     ValueError, FloatingPointError or OSError raised by netslim's own code, and OSError raised by the operating
     system, are the user's to mend; the same types from inside a library are a defect of ours and are raised on.
@@ -28,15 +28,14 @@ def guarded(body: Callable[[], int | None]) -> int:
         if not _is_mistake(error):
             raise
         if not getattr(error, "is_echo", False):  # of an error that another rank reports
-            rank = int(os.environ.get("RANK", "0"))
-            where = f" (rank {rank})" if rank else ""
+            where = f" (rank {_rank(rank)})" if _rank(rank) else ""
             print(f"netslim: {_one_line(error)}{where}", file=sys.stderr, flush=True)
         return MISTAKE
     except Exception as error:
-        return _after_training(error)
+        return _after_training(error, _rank(rank))
 
 
-def _after_training(error: Exception) -> int:
+def _after_training(error: Exception, rank: int) -> int:
     """The exit code where a rank was lost, or a signal told the run to end; raises anything else again."""
     from netslim.train import LostRankError, Preempted  # here: its import takes seconds, which help does not have
 
@@ -45,7 +44,7 @@ def _after_training(error: Exception) -> int:
         end_at_once(LOST_RANK)
     if not isinstance(error, Preempted):
         raise error
-    if os.environ.get("RANK", "0") == "0":
+    if rank == 0:
         print(f"netslim: {error}; the same command goes on from there", file=sys.stderr, flush=True)
     # a launcher that may restart takes every other code for a failure, and would
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -59,6 +58,10 @@ def end_at_once(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _rank(own: int | None) -> int:
+    return int(os.environ.get("RANK", "0")) if own is None else own
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from whole_run import SCRIPT, call, results
 
 import netslim as package
 from netslim.launch.cli import COMMANDS, dispatch
@@ -262,6 +263,53 @@ def test_a_mistake_in_the_command_is_one_line(
     assert code == 2
     assert_one_line(error, *parts)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "left"),
+    [
+        (1, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}),
+        (2, {"PMI_RANK": "1", "PMI_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "x"}),
+    ],
+)
+def test_what_another_launcher_left_in_the_environment_is_ignored_with_one_line(
+    num_processes: int, left: dict[str, str], tiny: list[object]
+) -> None:
+    """By it the processes would wait for ranks that nobody starts."""
+    flags = ["--num-processes", num_processes, "--data.loader", "torch", "--data.num-workers", 0]
+    done = call(SCRIPT, "sparsify", *tiny, *flags, timeout=300, ACCELERATE_USE_CPU="1", **left)
+    assert done.returncode == 0, done.stderr
+    ignored = [line for line in done.stderr.splitlines() if "ignores" in line]
+    assert len(ignored) == 1
+    assert f"ignores {', '.join(sorted(left))} of the environment" in ignored[0]
+    assert "under a launcher use python -m netslim.launch.recipe" in ignored[0]
+    assert results(Path(str(tiny[2])))["world_size"] == num_processes
+
+
+@pytest.mark.parametrize(("kind", "started"), [("MULTI_GPU", 2), ("MULTI_CPU", 1)])
+def test_the_launchers_file_for_the_cpu_starts_its_two_processes_and_one_that_starts_fewer_is_told(
+    kind: str, started: int, tiny: list[object], tmp_path: Path
+) -> None:
+    """Accelerate takes MULTI_CPU for one process, and says nothing."""
+    text = (Path(__file__).parents[1] / "launch" / "accelerate" / "cpu.yaml").read_text()
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(text.replace("distributed_type: MULTI_GPU", f"distributed_type: {kind}"))
+    flags = [*tiny, "--data.loader", "torch", "--data.num-workers", 0]
+    launched = [SCRIPT.with_name("accelerate"), "launch", "--config_file", file, "-m", "netslim.launch.recipe", *flags]
+    done = call(*launched, timeout=300, NETSLIM_STAGES="sparsify")
+    assert done.returncode == 0, done.stderr
+    assert results(Path(str(tiny[2])))["world_size"] == started
+    warnings = [line for line in done.stderr.splitlines() if "asked for" in line]
+    assert [line.partition("; ")[0] for line in warnings] == [
+        "netslim: warning: accelerate launch was asked for 2 processes and started 1"
+    ] * (2 - started)
+
+
+def test_a_mistake_is_reported_as_no_ranks_whatever_the_environment_says(tmp_path: Path) -> None:
+    done = call(SCRIPT, "run", "digit", RANK="3", WORLD_SIZE="4")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "no preset is called 'digit'")
+    assert "rank 3" not in done.stderr
 
 
 def test_more_processes_than_gpus_is_refused(

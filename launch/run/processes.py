@@ -1,13 +1,17 @@
 """How processes start on this machine: through Accelerate's launcher, on GPUs or as CPU processes."""
 
 import ctypes
+import itertools
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -18,6 +22,11 @@ from netslim.launch.mistakes import MISTAKE, PREEMPTED
 from netslim.train import LostRankError, check_devices, num_gpus
 
 _LAUNCHER = "NETSLIM_LAUNCHER"
+_OF_A_GROUP = re.compile(
+    r"((LOCAL|GROUP)_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|PET_\w+"
+    r"|PMI_(RANK|SIZE)|MPI_LOCAL(RANKID|NRANKS)|(OMPI|MV2)_COMM_WORLD_\w+"
+)
+"""Variables by which launchers (torchrun, Kubernetes, MPI) tell a process its place in a group."""
 _PR_SET_PDEATHSIG = 1
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -106,6 +115,43 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def warn_of_missing_processes() -> None:
+    """Say where `accelerate launch` started fewer processes than its flags or its file ask for, which it does not."""
+    asked, started = _processes_asked_for(), int(os.environ.get("WORLD_SIZE", "1"))
+    if asked is None or asked <= started or os.environ.get("RANK", "0") != "0":
+        return
+    remedy = (
+        "several on the CPU need --multi_gpu too, or in its file distributed_type: MULTI_GPU, as in "
+        "launch/accelerate/cpu.yaml"
+        if started == 1
+        else "each machine gets its whole share: give a multiple of the number of machines"
+    )
+    print(
+        f"netslim: warning: accelerate launch was asked for {asked} processes and started {started}; {remedy}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _processes_asked_for() -> int | None:
+    """What `accelerate launch` was told, by its flags or else its file; None where it did not start this process."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")[:-1]
+    except OSError:
+        return None
+    names = [Path(word).name for word in words]
+    starts = [i + 1 for i, name in enumerate(names) if name in ("accelerate-launch", "accelerate.commands.launch")]
+    starts += [i + 2 for i, pair in enumerate(itertools.pairwise(names)) if pair == ("accelerate", "launch")]
+    if not starts:
+        return None
+    launched = launch_command_parser().parse_args(words[min(starts) :])
+    if launched.num_processes is None and (
+        launched.config_file or (Path(default_config_file).is_file() and not launched.cpu)
+    ):
+        return int(load_config_from_file(launched.config_file).num_processes)
+    return None if launched.num_processes is None else int(launched.num_processes)
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep the memory that tensors on the CPU free, for those of the next step.
 
@@ -120,8 +166,27 @@ def keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 64 << 20)
 
 
+def ignore_other_launchers() -> None:
+    """Forget, with one line, what another launcher left in the environment: a run would wait for ranks of that group.
+
+    For processes that start their own; those of ``python -m netslim.launch.recipe`` join by these variables.
+    """
+    found = sorted(name for name in os.environ if _OF_A_GROUP.fullmatch(name))
+    if not found:
+        return
+    for name in found:
+        del os.environ[name]
+    print(
+        f"netslim: warning: ignores {', '.join(found)} of the environment, since it starts its processes itself; "
+        "under a launcher use python -m netslim.launch.recipe",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def count_processes(config: RunConfig) -> int:
-    """How many processes a run has on this machine; raises ValueError where that cannot be."""
+    """How many processes a run has on this machine, for whoever starts them; raises ValueError where that cannot be."""
+    ignore_other_launchers()
     if config.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "1"
     num_processes = config.num_processes or max(1, num_gpus())

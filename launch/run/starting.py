@@ -15,7 +15,13 @@ from netslim.launch.presets import PRESETS, find_preset, list_presets, read_pres
 from netslim.launch.reading import parse
 from netslim.launch.run.directory import PREEMPTED_MARK, claim, occupied, preset_of_run
 from netslim.launch.run.job import Job
-from netslim.launch.run.processes import count_processes, end_with_launcher, keep_freed_memory, launch
+from netslim.launch.run.processes import (
+    count_processes,
+    end_with_launcher,
+    keep_freed_memory,
+    launch,
+    warn_of_missing_processes,
+)
 from netslim.train import Preempted, Runtime, build_model, check_model, check_values, num_gpus
 
 Work = Callable[[Job], None]
@@ -98,6 +104,7 @@ def enter(module: str, about: str, work: Work) -> None:
         return
     config = read_preset(module, preset, flags)
     end_with_launcher()
+    warn_of_missing_processes()
     work_each(preset, [(config, work)])
 
 
