@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -23,9 +24,12 @@ SourceName = Literal["digits", "cifar10", "cifar100", "folder"]
 
 
 def default_cache() -> Path:
-    """Where .beton files go unless told: XDG_CACHE_HOME/netslim, else ~/.cache/netslim."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "netslim"
+    """Where .beton files go unless told: XDG_CACHE_HOME/netslim, else ~/.cache/netslim.
+
+    Where the system knows no home for this user, as in some containers, a folder among the temporary files.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "netslim" if os.path.isabs(base) else Path(tempfile.gettempdir(), f"netslim-{os.getuid()}")
 
 
 @plainly

@@ -19,9 +19,8 @@ from netslim.launch.run import (
     claim,
     commands_of,
     count_processes,
-    format_table,
+    format_results,
     is_complete,
-    read_rows,
     read_target,
     run_recipe,
     stages_of,
@@ -76,8 +75,7 @@ def run_stages(preset: str, config: RunConfig, commands: Sequence[str], flags: S
         code = start("netslim.launch.recipe", preset, flags, config, work, at_work, environment)
         if code:
             return code
-    print(format_table(read_rows(directory)))
-    print(f"{directory}/results.json")
+    print(format_results(directory))
     return 0
 
 

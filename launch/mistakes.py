@@ -1,5 +1,6 @@
 """A user's mistake ends in one line on stderr and exit code 2; anything else is ours and keeps its traceback."""
 
+import io
 import os
 import sys
 import traceback
@@ -20,6 +21,8 @@ def guarded(body: Callable[[], int | None], rank: int | None = None) -> int:
     ValueError, FloatingPointError or OSError raised by netslim's own code, and OSError raised by the operating
     system, are the user's to mend; the same types from inside a library are a defect of ours and are raised on.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what an ASCII terminal lacks is spelt out, as it is on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return body() or 0
     except KeyboardInterrupt:

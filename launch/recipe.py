@@ -7,7 +7,7 @@ import os
 import sys
 
 from netslim.launch.mistakes import guarded
-from netslim.launch.run import COMMANDS, Job, enter, run_recipe
+from netslim.launch.run import COMMANDS, Job, enter, format_results, is_of_netslim, run_recipe
 
 COMMANDS_VARIABLE = "NETSLIM_STAGES"
 """By which `netslim prune` and the like say whose stages they mean."""
@@ -18,6 +18,8 @@ def main() -> int:
 
     def work(job: Job) -> None:
         run_recipe(job, os.environ.get(COMMANDS_VARIABLE, " ".join(COMMANDS)).split())
+        if job.run.is_main and not is_of_netslim():
+            print(format_results(job.directory), flush=True)
 
     return guarded(lambda: enter("netslim.launch.recipe", __doc__ or "", work))
 

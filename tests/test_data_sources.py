@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from netslim.data import DataConfig
-from netslim.data.sources import open_source
+from netslim.data.sources import default_cache, open_source
 
 
 def make_folder(root: Path, num: int = 3, size: tuple[int, int] = (12, 10)) -> Path:
@@ -235,3 +235,16 @@ def test_the_cache_respects_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_padding_that_hides_the_image_is_refused() -> None:
     with pytest.raises(ValueError, match="pad 8 moves images of size 8 out of sight"):
         DataConfig(size=8, pad=8)
+
+
+def test_a_user_whom_the_system_knows_no_home_of_has_a_cache_among_the_temporary_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert default_cache() == tmp_path / f"netslim-{os.getuid()}"

@@ -88,6 +88,16 @@ def assert_one_line(error: str, *parts: str) -> None:
         assert part in error
 
 
+def assert_ends_with_results(printed: str, run: Path) -> None:
+    """The table and where it is for scripts, once."""
+    assert printed.splitlines()[-1] == f"{run}/results.json"
+    assert printed.count("results.json") == 1
+    (row,) = results(run)["rows"]
+    head, line = printed.splitlines()[-3:-1]
+    assert head.split() == list(row)
+    assert line.split()[:4] == ["sparse", "0.00", f"{row['accuracy']:.2%}", f"{row['params']:,}"]
+
+
 def test_help_names_commands_and_presets(capfd: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["--help"]) == 0
     text = capfd.readouterr().out
@@ -284,6 +294,7 @@ def test_what_another_launcher_left_in_the_environment_is_ignored_with_one_line(
     assert f"ignores {', '.join(sorted(left))} of the environment" in ignored[0]
     assert "under a launcher use python -m netslim.launch.recipe" in ignored[0]
     assert results(Path(str(tiny[2])))["world_size"] == num_processes
+    assert_ends_with_results(done.stdout, Path(str(tiny[2])))
 
 
 @pytest.mark.parametrize(("kind", "started"), [("MULTI_GPU", 2), ("MULTI_CPU", 1)])
@@ -299,6 +310,7 @@ def test_the_launchers_file_for_the_cpu_starts_its_two_processes_and_one_that_st
     done = call(*launched, timeout=300, NETSLIM_STAGES="sparsify")
     assert done.returncode == 0, done.stderr
     assert results(Path(str(tiny[2])))["world_size"] == started
+    assert_ends_with_results(done.stdout, Path(str(tiny[2])))
     warnings = [line for line in done.stderr.splitlines() if "asked for" in line]
     assert [line.partition("; ")[0] for line in warnings] == [
         "netslim: warning: accelerate launch was asked for 2 processes and started 1"

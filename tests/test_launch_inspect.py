@@ -1,7 +1,9 @@
 """`netslim inspect RUN`: what a sparse model bears, told before anything is cut for good."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from test_launch_cli import Netslim, assert_one_line, smallest
 
 from netslim.launch.cli import dispatch
 from netslim.launch.inspect.sparse import format_inspection, largest_ratio
+from netslim.launch.mistakes import guarded
 
 RATIOS = ("--inspect.ratios", 0.3, 0.5, 0.99)
 
@@ -56,6 +59,30 @@ def test_it_says_what_the_run_itself_comes_to_and_marks_the_largest_ratio_within
     with Image.open(run / "inspect.png") as picture:
         assert len(picture.convert("RGB").resize((200, 80)).getcolors(16000)) > 100  # something is drawn
     assert not (run / "prune-0.30").exists()
+
+
+def test_a_terminal_that_knows_ascii_alone_is_shown_the_same(
+    run: Path, monkeypatch: pytest.MonkeyPatch, data_cache: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    named = run.rename(run.with_name("größe"))
+    words = ["inspect", str(named), "--inspect.ratios", "0.5"]
+    assert guarded(lambda: dispatch(words)) == 0
+    terminal.flush()
+    printed = terminal.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    layers = inspection(named)["layers"]
+    assert [sum(bar != " " for bar in line.split("%")[-1]) for line in gamma_lines(printed, layers)] == [
+        sum(count > 0 for count in layer["histogram"]) for layer in layers
+    ]
+    assert printed.splitlines()[-1].endswith("/gr\\xf6\\xdfe/inspect.png")
+
+
+def gamma_lines(printed: str, layers: list[dict]) -> list[str]:
+    """Those of the table of gammas, each with its bars at the end."""
+    names = [layer["layer"] for layer in layers]
+    return [line for line in printed.splitlines() if line.split()[:1] and line.split()[0] in names and "%" in line]
 
 
 @pytest.mark.slow

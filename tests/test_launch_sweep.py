@@ -70,6 +70,22 @@ def test_a_member_that_failed_says_why_and_is_run_again_alone(sweep: Path, capsy
     assert {path.parent.name for path in after.keys() - before} == {"prune-0.90", "repair-0.90", "finetune-0.90"}
 
 
+def test_a_sweep_whose_images_are_missing_says_failed_for_every_member(
+    netslim: Netslim, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there = ["--data.source", "folder", "--data.root", tmp_path / "nowhere"]
+    grid = ["--run-dir", tmp_path / "grid", "--weights", 0, "1e-4", "--ratios", 0.5]
+    code, error = netslim("sweep", "digits", *grid, *there, "--num-processes", 1)
+    assert code == 2
+    assert_one_line(error, str(tmp_path / "nowhere"))
+    assert dispatch(["sweep", "--status", str(tmp_path / "grid")]) == 0
+    _, *members, last = capfd.readouterr().out.splitlines()
+    assert last.startswith("0 of 4 done")
+    assert len(members) == 4
+    for line in members:
+        assert f"failed: {error.removeprefix('netslim: ').strip()}" in line
+
+
 def test_the_index_says_what_is_in_the_sweep(sweep: Path) -> None:
     index = json.loads((sweep / "sweep.json").read_text())
     assert index["preset"] == "digits"

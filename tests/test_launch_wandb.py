@@ -183,6 +183,33 @@ def test_an_artifact_that_goes_in_is_the_one_that_came_out(stages: dict[str, Pat
     assert len(digests["tried-sparse"]) == len(digests["tried-repair-0.50"]) == len(digests["dataset-digits"]) == 1
 
 
+@pytest.mark.parametrize("home", [None, "/proc/nowhere"])
+def test_without_a_home_to_write_to_nothing_of_wandbs_own_reaches_the_terminal(
+    home: str | None, tmp_path: Path
+) -> None:
+    code = (
+        "import sys, torch\nfrom pathlib import Path\nfrom netslim.train import Record, RecordConfig\n"
+        "config = RecordConfig(wandb='offline')\n"
+        "with Record('sparse', Path(sys.argv[1]), is_main=True, config=config) as record:\n"
+        "    line = {'epoch': 1, 'train_loss': 0.5, 'accuracy': 0.9, 'images_per_second': 10.0}\n"
+        "    record.epoch(line, torch.nn.Identity())\n"
+    )
+    hidden = ("HOME", "XDG_CACHE_HOME", "WANDB_SERVICE")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run" / "sparse"],
+        env={**environment, "TMPDIR": str(tmp_path), **({} if home is None else {"HOME": home})},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout == "sparse: epoch 1  loss 0.500  accuracy 0.9000  10 images/s\n"
+    assert [line["epoch"] for line in wandb_lines(wandb_runs(tmp_path / "run")[0])] == [1]
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", f"netslim-{os.getuid()}"}
+
+
 def test_the_key_is_in_no_file_and_no_output(finished: tuple[Path, str]) -> None:
     run, printed = finished
     assert KEY not in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ INSPECTION, PICTURE = "inspect.json", "inspect.png"
 """In a run's directory."""
 BINS = 16
 """Of a histogram of |gamma|, from 0 to the largest of the network."""
-_BARS = " ▁▂▃▄▅▆▇█"
+_BARS, _ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 
 
 def describe_gammas(
@@ -185,8 +186,17 @@ def _gamma_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _sparkline(counts: Sequence[int]) -> str:
-    most = max(counts) or 1
-    return "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in counts)
+    bars, most = _bars(), max(counts) or 1
+    return "".join(bars[-(-count * (len(bars) - 1) // most)] for count in counts)
+
+
+def _bars() -> str:
+    """From none to the most, of what the terminal can show."""
+    try:
+        _BARS.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return _ASCII_BARS
+    return _BARS
 
 
 def _ratio_table(found: dict[str, Any], best: float | None, loss: float) -> str:

@@ -22,9 +22,9 @@ from netslim.launch.run.directory import (
     write_json,
 )
 from netslim.launch.run.job import Job
-from netslim.launch.run.processes import count_processes, end_with_launcher, launch, launcher_flags
+from netslim.launch.run.processes import count_processes, end_with_launcher, is_of_netslim, launch, launcher_flags
 from netslim.launch.run.recipe import commands_of, rehearse_cuts, run_recipe, stages_of
-from netslim.launch.run.results import format_table, read_row, read_rows
+from netslim.launch.run.results import format_results, format_table, read_row, read_rows
 from netslim.launch.run.stage import (
     COMMANDS,
     SPARSE,
@@ -62,9 +62,11 @@ __all__ = [
     "count_processes",
     "end_with_launcher",
     "enter",
+    "format_results",
     "format_table",
     "is_complete",
     "is_occupied",
+    "is_of_netslim",
     "launch",
     "launcher_flags",
     "passes_to",

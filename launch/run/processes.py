@@ -115,6 +115,11 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def is_of_netslim() -> bool:
+    """Whether netslim itself started this process, and says at the end what the run came to."""
+    return _LAUNCHER in os.environ
+
+
 def warn_of_missing_processes() -> None:
     """Say where `accelerate launch` started fewer processes than its flags or its file ask for, which it does not."""
     asked, started = _processes_asked_for(), int(os.environ.get("WORLD_SIZE", "1"))

@@ -68,6 +68,11 @@ def _rows(directory: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["ratio"], STAGE_NAMES.index(row["stage"])))
 
 
+def format_results(directory: Path) -> str:
+    """What a run came to, for its last lines: the table, and where the figures are for scripts."""
+    return f"{format_table(read_rows(directory))}\n{directory}/results.json"
+
+
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of results.json as aligned text, one line a stage."""
     return aligned([_COLUMNS, *([cell(column, row[column]) for column in _COLUMNS] for row in rows)])

@@ -135,8 +135,13 @@ def run_members(sweep: Sweep, compare: Compare) -> int:
     todo = [member for member in sweep.members if not sweep.is_done(member)]
     sweep.make(todo)
     sweep.write()
-    if todo:
-        prepare(sweep.base.data, quiet=False)
+    try:
+        if todo:
+            prepare(sweep.base.data, quiet=False)
+    except (ValueError, OSError) as error:  # none of them can be run
+        for member in todo:
+            sweep.mark_failed(member, " ".join(str(error).split()))
+        raise
     for seed in dict.fromkeys(member.seed for member in todo):
         left = [member for member in todo if member.seed == seed]
         while left:

@@ -131,8 +131,11 @@ class Sweep:
         """Leave in the directory of the member at work why it failed, where that is not known already."""
         failed = next((member for member in members if not self.is_done(member)), None)
         if failed is not None and why_failed(self.path(failed)) is None:
-            (self.path(failed) / FAILED_MARK).write_text(f"{why}\n", encoding="utf-8")
+            self.mark_failed(failed, why)
         return failed
+
+    def mark_failed(self, member: Member, why: str) -> None:
+        (self.path(member) / FAILED_MARK).write_text(f"{why}\n", encoding="utf-8")
 
     def state(self, member: Member, queue: Mapping[str, str]) -> str:
         """How far a member is; ``queue`` is what SLURM says of jobs that have not ended."""

@@ -3,12 +3,14 @@
 import http.client
 import os
 import ssl
+import tempfile
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 PROBE_SECONDS = 5.0
@@ -39,11 +41,27 @@ def set_up_wandb() -> Any:
     """W&B's settings, from its files and the environment."""
     # its telemetry keeps a process from ending for as long as the server does not answer, after offline runs too
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    _give_logs_a_place()
     import wandb  # seconds to import, and not wanted everywhere
 
     with _without_sweep():
         # online: under a WANDB_MODE that the configuration overrides, W&B would look for no key
         return wandb.setup(wandb.Settings(silent=True, mode="online")).settings
+
+
+def _give_logs_a_place() -> None:
+    """Name a cache folder where there is no HOME, or none to write to: W&B's process would log to the terminal."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    logs = cache / "wandb" / "logs"
+    try:
+        if cache.is_absolute():  # else nobody knows a home
+            logs.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass
+    is_place = cache.is_absolute() and os.access(logs, os.W_OK)
+    if not is_place or "HOME" not in os.environ:
+        spare = Path(tempfile.gettempdir(), f"netslim-{os.getuid()}")
+        os.environ["XDG_CACHE_HOME"] = str(cache if is_place else spare)
 
 
 @contextmanager
