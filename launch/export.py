@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from netslim.data import prepared
 from netslim.launch.help import known_runs
+from netslim.launch.mistakes import naming
 from netslim.launch.reading import read_flags
 from netslim.launch.run import INPUT, METRICS, SPARSE, config_of_run, is_complete, read_json, read_row
 from netslim.launch.tables import aligned
@@ -81,7 +82,8 @@ def export_run(arguments: Sequence[str], description: str) -> int:
         slimmed = normalising(slimmed, about, is_bytes=config.pixels == "uint8")
     path = config.output or stage / _NAMES[config.format]
     plan, origin = slimmed.plan, slimmed.origin
-    difference = export(slimmed.small, slimmed.images, path, config.format, plan, origin=origin, about=about)
+    with naming("--output", path.absolute().parent):
+        difference = export(slimmed.small, slimmed.images, path, config.format, plan, origin=origin, about=about)
     made = about["stage"]
     note = "" if made == "finetuned" else f", {made} and not fine-tuned"
     print(f"{path}{note}: within {difference:.1e} of torch's outputs", flush=True)

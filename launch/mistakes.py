@@ -4,7 +4,10 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from errno import EACCES, EEXIST, ENOENT, ENOTDIR, EPERM, EROFS
+from pathlib import Path
 from typing import NoReturn
 
 MISTAKE = 2
@@ -13,6 +16,7 @@ LOST_RANK = 1
 INTERRUPTED = 130
 UNREAD = 141
 """As a shell counts SIGPIPE: nobody reads what is printed any more."""
+_NOT_TO_BE_WRITTEN = (EACCES, EPERM, EROFS, ENOENT, ENOTDIR, EEXIST)
 
 
 def guarded(body: Callable[[], int | None], rank: int | None = None) -> int:
@@ -56,6 +60,18 @@ def _after_training(error: Exception, rank: int) -> int:
     return int(os.environ.get("NETSLIM_PREEMPTED_CODE", PREEMPTED))
 
 
+@contextmanager
+def naming(flag: str, directory: Path) -> Iterator[None]:
+    """Say of a folder that cannot be written which flag names another one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_TO_BE_WRITTEN or error.filename is None:  # without a name it is said already
+            raise
+        why = f"{directory} cannot be written ({error.strerror}); name another folder with {flag}"
+        raise OSError(error.errno, why) from error
+
+
 def end_at_once(code: int) -> NoReturn:
     """End a process without what is tidied up at the end, which takes seconds and may wait for a lost rank."""
     sys.stdout.flush()
@@ -75,6 +91,7 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno is not None:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}"
     return " ".join(str(error).split())

@@ -38,7 +38,7 @@ def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[st
     Raises ValueError in one line that names the field, the value and what is allowed, FileNotFoundError for weights
     that are not there; ``--help`` prints some fields, ``--help-all`` all, and raises SystemExit.
     """
-    arguments, file = _take_config_file(_spell_out_model(arguments))
+    arguments, file = take_path(_spell_out_model(arguments), "--config", "a file, JSON or YAML")
     if file is not None:
         preset = _merge_file(preset, file)
     if not {*HELP}.isdisjoint(arguments):
@@ -79,19 +79,20 @@ def _spell_out_model(arguments: Sequence[str]) -> list[str]:
     return named if named == list(arguments) else ["--model.width", "1", *named]
 
 
-def _take_config_file(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    rest, file = [], None
+def take_path(arguments: Sequence[str], flag: str, kind: str) -> tuple[list[str], Path | None]:
+    """The arguments without a flag that no field has, and the path that it names; ValueError where it names none."""
+    rest, path = [], None
     remaining = iter(arguments)
     for argument in remaining:
         name, has_value, value = argument.partition("=")
-        if name != "--config":
+        if name != flag:
             rest.append(argument)
             continue
-        path = value if has_value else next(remaining, "")
-        if not path:
-            raise ValueError("--config needs a file; name a JSON or YAML file after it")
-        file = Path(path)
-    return rest, file
+        given = value if has_value else next(remaining, "")
+        if not given or given.startswith("--"):
+            raise ValueError(f"{flag} needs {kind}; name one after it")
+        path = Path(given)
+    return rest, path
 
 
 class _Loader(yaml.SafeLoader):

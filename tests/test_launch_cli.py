@@ -433,9 +433,10 @@ def test_a_run_directory_that_cannot_be_made_is_named(
 ) -> None:
     (tmp_path / "file").touch()
     directory = tmp_path / "file" / "run" if place == "below a file" else Path("/proc/self/run")
-    code, error = netslim("run", *tiny, "--run-dir", directory)
-    assert code == 2
-    assert_one_line(error, str(directory))
+    for command in ("run", "sweep"):
+        code, error = netslim(command, *tiny, "--run-dir", directory)
+        assert code == 2
+        assert_one_line(error, f"{directory} cannot be written", "name another folder with --run-dir")
 
 
 def test_a_full_disk_ends_the_run_and_leaves_no_stage_that_looks_complete(

@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import Disk
 from PIL import Image
 from test_launch_cli import Netslim, assert_one_line, smallest
+from whole_run import SCRIPT, call
 
 from netslim.launch.cli import dispatch
 from netslim.launch.inspect.sparse import format_inspection, largest_ratio
@@ -77,6 +80,55 @@ def test_a_terminal_that_knows_ascii_alone_is_shown_the_same(
         sum(count > 0 for count in layer["histogram"]) for layer in layers
     ]
     assert printed.splitlines()[-1].endswith("/gr\\xf6\\xdfe/inspect.png")
+
+
+def test_a_run_on_a_disk_that_cannot_be_written_is_inspected_and_compared_all_the_same(
+    finished: Path, disk: Disk, tmp_path: Path, netslim: Netslim, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, disk.path / "run"))
+    (run / "failed").write_text("its last attempt left a word\n")
+    disk.mount("remount,ro")
+    code, error = netslim("inspect", run, "--inspect.ratios", 0.5)
+    assert code == 0
+    assert_one_line(error, f"{run} cannot be written", "inspect.json and inspect.png are not kept", "--out")
+    code, error = netslim("inspect", run, "--inspect.ratios", 0.5, "--out", tmp_path / "found")
+    assert (code, error) == (0, "")
+    assert [row["ratio"] for row in inspection(tmp_path / "found")["ratios"]] == [0.5]
+    assert (tmp_path / "found" / "inspect.png").is_file()
+    code, error = netslim("inspect", run, "--out", run / "found")
+    assert code == 2
+    assert_one_line(error, f"{run / 'found'} cannot be written (Read-only file system)", "--out")
+    code, error = netslim("compare", run)
+    assert code == 0
+    assert error.splitlines()[-1] == (
+        f"netslim: warning: the page is not written: {run} cannot be written (Read-only file system); "
+        "name another folder with --out"
+    )
+    code, error = netslim("compare", run, "--out", tmp_path / "page.html")
+    assert code == 0
+    assert (tmp_path / "page.html").is_file()
+    code, error = netslim("inspect", run, "--model.width", 0.5)
+    assert code == 2
+    assert_one_line(error, "was made with another configuration: model.width")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root may give up its rights")
+def test_a_run_of_somebody_else_is_compared_and_nothing_is_made_in_it(run: Path) -> None:
+    """As root without the right to pass over permissions, which is what everybody else is."""
+    for path in (run, *run.rglob("*")):
+        os.chown(path, 12345, 12345)
+    stranger = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    before = sorted(run.rglob("*"))
+    done = call(*stranger, SCRIPT, "compare", run, "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        f"netslim: warning: the page is not written: {run} cannot be written (Permission denied)"
+    )
+    done = call(*stranger, SCRIPT, "sparsify", *smallest(run, run / "cache"), "--data.loader", "torch", "--data.num-workers", 0)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, f"{run} cannot be written (Permission denied)", "--run-dir")
+    assert sorted(run.rglob("*")) == before
 
 
 def gamma_lines(printed: str, layers: list[dict]) -> list[str]:

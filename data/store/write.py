@@ -37,8 +37,8 @@ def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
     loader = choose_loader(config)
     source = open_source(config)
     directory = _place(config, source, loader, quiet)
-    if not directory.is_dir():
-        with _explained(config.cache):
+    with _explained(config.cache):
+        if not directory.is_dir():
             config.cache.mkdir(parents=True, exist_ok=True)
             with exclusive(config.cache / f"{directory.name}.lock") as alone:
                 if not directory.is_dir():

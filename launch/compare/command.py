@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from netslim.launch.compare.choice import Size, Verdict, judge, notes
 from netslim.launch.compare.entries import Entry, Gathered, gather
+from netslim.launch.mistakes import naming
 from netslim.launch.reading import read_flags
 from netslim.launch.run import STAGE_NAMES
 from netslim.launch.tables import aligned, cell, csv_text, escaped, markdown, printable
@@ -61,10 +62,18 @@ def compare_runs(arguments: Sequence[str], description: str = "runs side by side
     for warning in found.warnings:
         print(f"netslim: warning: {warning}", file=sys.stderr)
     print(_text(config.format, found, verdicts, columns, rows), flush=True)
-    for warning in _write_page(out, config, found, verdicts, rows):
-        print(f"netslim: warning: {warning}", file=sys.stderr)
     beside = sys.stdout if config.format == "table" else sys.stderr
-    print(printable(str(out)), file=beside, flush=True)
+    try:
+        with naming("--out", out.absolute().parent):
+            warnings = _write_page(out, config, found, verdicts, rows)
+    except OSError as error:  # runs may be somebody else's: they are compared all the same
+        if config.out is not None:
+            raise
+        print(f"netslim: warning: the page is not written: {error.strerror}", file=sys.stderr)
+    else:
+        for warning in warnings:
+            print(f"netslim: warning: {warning}", file=sys.stderr)
+        print(printable(str(out)), file=beside, flush=True)
     if config.wandb:
         print(f"W&B workspace: {_save_workspace(found, config.runs)}", file=beside)
     return 0

@@ -15,7 +15,7 @@ from netslim.launch.run import (
     Stage,
     check_batch,
     check_network,
-    check_unclaimed,
+    check_same,
     count_processes,
     is_complete,
     rehearse_cuts,
@@ -37,7 +37,7 @@ def foresee(command: str, preset: str, config: RunConfig, commands: Sequence[str
     check_network(config)
     check_batch(config, num_processes)
     directory = run_directory(preset, config)
-    check_unclaimed(directory, config)
+    check_same(directory, config)
     source, missing = _images(config)
     program = own_memory()
     is_trained = is_complete(SPARSE.directory(directory))

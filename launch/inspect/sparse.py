@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ from netslim.prune import (
 from netslim.train import describe_pull, evaluate, travel
 
 INSPECTION, PICTURE = "inspect.json", "inspect.png"
-"""In a run's directory."""
+"""In a run's directory, or where the flag says."""
+OUT_VARIABLE = "NETSLIM_INSPECTION"
+"""By which `netslim inspect` says to its processes where that is."""
 BINS = 16
 """Of a histogram of |gamma|, from 0 to the largest of the network."""
 _BARS, _ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
@@ -97,8 +100,11 @@ def try_ratio(
     }
 
 
-def inspect_sparse(job: Job) -> None:
-    """Cut and repair the sparse model at many ratios, each in one of the processes; rank 0 writes what they found."""
+def inspect_sparse(job: Job, out: Path) -> None:
+    """Cut and repair the sparse model at many ratios, each in one of the processes; rank 0 writes what they found.
+
+    The run's own directory is only read.
+    """
     config, run = job.config, job.run
     sparse = job.read(SPARSE)
     channels = map_channels(sparse, job.blank_image, config.prune.coupling)
@@ -145,7 +151,7 @@ def inspect_sparse(job: Job) -> None:
             "threshold": threshold,
             "ratios": sorted((row for rows in everyone or [] for row in rows), key=lambda row: float(row["ratio"])),
         }
-        write_json(job.directory / INSPECTION, found)
+        write_json(out / INSPECTION, found)
 
     run.on_main(write)
 

@@ -1,5 +1,6 @@
 """Stages meet in directories: the weights and the plan, the configuration, and metrics.json, written last."""
 
+import fcntl
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from torch import nn
 from netslim.base import exclusive, replace_all
 from netslim.data import DataInfo
 from netslim.launch.config import RunConfig, differences, to_dict
+from netslim.launch.mistakes import naming
 from netslim.launch.reading import from_dict
 from netslim.launch.run.stage import SPARSE
 from netslim.launch.tables import printable
@@ -130,33 +132,38 @@ def occupied(directory: Path) -> Iterator[None]:
 
 
 def is_occupied(directory: Path) -> bool:
-    """Whether a run is at work in a directory, as far as this machine can see."""
+    """Whether a run is at work in a directory, as far as this machine can see; it may be somebody else's."""
     if not (directory / ".lock").is_file():
         return False
     try:
-        with exclusive(directory / ".lock", wait=False):
-            return False
+        with (directory / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:  # a file system without locks, or a lock that may not be read: nobody can see
+        return False
+    return False
 
 
 def claim(directory: Path, preset: str, config: RunConfig) -> None:
     """Make the run directory, or check that its stages were made with the same configuration; keeps config.json.
 
+    Raises ValueError as `check_same`, and OSError, which names ``--run-dir``, where the directory can't be written.
+    """
+    check_same(directory, config)
+    with naming("--run-dir", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for mark in (PREEMPTED_MARK, FAILED_MARK):
+            (directory / mark).unlink(missing_ok=True)
+        write_json(directory / "config.json", {"preset": preset, **to_dict(config)})
+
+
+def check_same(directory: Path, config: RunConfig) -> None:
+    """Raise ValueError, which lists the fields that differ, where a run was made with another configuration.
+
     What no stage has read yet may still change: how to prune until the first cut, how to repair until the first repair,
     how to fine-tune until that. So a sparse model that is copied into another directory can be pruned by other rules.
-
-    Raises ValueError that lists the fields which differ, and OSError where the directory can't be written.
     """
-    check_unclaimed(directory, config)
-    directory.mkdir(parents=True, exist_ok=True)
-    for mark in (PREEMPTED_MARK, FAILED_MARK):
-        (directory / mark).unlink(missing_ok=True)
-    write_json(directory / "config.json", {"preset": preset, **to_dict(config)})
-
-
-def check_unclaimed(directory: Path, config: RunConfig) -> None:
-    """Raise ValueError that lists the fields which differ, where a directory's stages were made with others."""
     path, sparse = directory / "config.json", SPARSE.directory(directory)
     # a run that ended before its first stage began holds nothing that another configuration would mix with
     before = path if path.is_file() else sparse / "config.json"

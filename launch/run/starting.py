@@ -13,7 +13,7 @@ from netslim.data import DataConfig, DataInfo, Loaders, Shard, check_batch_size,
 from netslim.launch.config import RunConfig, run_directory
 from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
 from netslim.launch.reading import parse
-from netslim.launch.run.directory import PREEMPTED_MARK, claim, occupied, preset_of_run
+from netslim.launch.run.directory import PREEMPTED_MARK, check_same, claim, occupied, preset_of_run
 from netslim.launch.run.job import Job
 from netslim.launch.run.processes import (
     count_processes,
@@ -36,15 +36,18 @@ def start(
     work: Work,
     at_work: Callable[[], str],
     environment: Mapping[str, str] | None = None,
+    *,
+    reads_only: bool = False,
 ) -> int:
     """Do the work in this process, or in as many as the configuration says; returns the exit code.
 
     Each of several runs ``python -m module preset flags``, whose entry is `enter`, in this ``environment``, and has to
-    come to the same work. ``at_work`` says for a message what they are at.
+    come to the same work. ``at_work`` says for a message what they are at. Work that ``reads_only`` leaves the run's
+    directory as it is, which may be somebody else's; `enter` has to be told the same.
     """
     num_processes = count_processes(config)
     if num_processes == 1 and not (config.engine.zero or config.max_restarts):
-        work_each(preset, [(config, work)])
+        work_each(preset, [(config, work)], reads_only=reads_only)
         return 0
     os.environ |= environment or {}
     return launch(
@@ -96,7 +99,7 @@ def _num_classes(config: DataConfig) -> int | None:
         return None
 
 
-def enter(module: str, about: str, work: Work) -> None:
+def enter(module: str, about: str, work: Work, *, reads_only: bool = False) -> None:
     """What a process that runs ``python -m module PRESET [flags]`` does, under any launcher or none."""
     preset, *flags = sys.argv[1:] or ["--help"]
     if preset in ("-h", "--help"):
@@ -105,10 +108,10 @@ def enter(module: str, about: str, work: Work) -> None:
     config = read_preset(module, preset, flags)
     end_with_launcher()
     warn_of_missing_processes()
-    work_each(preset, [(config, work)])
+    work_each(preset, [(config, work)], reads_only=reads_only)
 
 
-def work_each(preset: str, runs: Sequence[tuple[RunConfig, Work]]) -> None:
+def work_each(preset: str, runs: Sequence[tuple[RunConfig, Work]], *, reads_only: bool = False) -> None:
     """Several runs one after the other, each with its work, in one process group and on images opened once.
 
     They differ in what is trained and cut alone: images, engine and seed are the first one's. Every rank calls this.
@@ -126,19 +129,26 @@ def work_each(preset: str, runs: Sequence[tuple[RunConfig, Work]]) -> None:
             for number, (config, work) in enumerate(runs, 1):
                 if run.is_main and len(runs) > 1:
                     print(f"{run_directory(preset, config).name}, {number} of {len(runs)}", flush=True)
-                loaders = _work_one(preset, config, work, info, run, loaders)
+                loaders = _work_one(preset, config, work, info, run, loaders, reads_only)
     finally:
         run.close()
 
 
 def _work_one(
-    preset: str, config: RunConfig, work: Work, info: DataInfo, run: Runtime, loaders: Loaders | None
+    preset: str,
+    config: RunConfig,
+    work: Work,
+    info: DataInfo,
+    run: Runtime,
+    loaders: Loaders | None,
+    reads_only: bool,
 ) -> Loaders:
-    """Work in a directory that no other run is using; returns the loaders, for the next."""
+    """Work in a directory that no other run is using, or that is only read; returns the loaders, for the next."""
     try:
         with ExitStack() as held:
-            job = open_job(preset, config, info, run, loaders)
-            run.on_main(lambda: held.enter_context(occupied(job.directory)))
+            job = open_job(preset, config, info, run, loaders, reads_only=reads_only)
+            if not reads_only:
+                run.on_main(lambda: held.enter_context(occupied(job.directory)))
             work(job)
     except Preempted:
         if run.is_main:
@@ -147,11 +157,19 @@ def _work_one(
     return job.loaders
 
 
-def open_job(preset: str, config: RunConfig, info: DataInfo, run: Runtime, loaders: Loaders | None = None) -> Job:
+def open_job(
+    preset: str,
+    config: RunConfig,
+    info: DataInfo,
+    run: Runtime,
+    loaders: Loaders | None = None,
+    *,
+    reads_only: bool = False,
+) -> Job:
     """Claim the run's directory and open this rank's share of the images, where no run before has opened it."""
     run.on_main(lambda: check_batch(config, run.world_size))  # before anything is written
     directory = run_directory(preset, config)
-    run.on_main(lambda: claim(directory, preset, config))
+    run.on_main(lambda: check_same(directory, config) if reads_only else claim(directory, preset, config))
     loaders = loaders or open_loaders(
         config.data,
         info,

@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import TypeAdapter, ValidationError
 
 from netslim.launch.config import RunConfig, to_dict
+from netslim.launch.mistakes import naming
 from netslim.launch.reading import from_dict
 from netslim.launch.run import (
     FAILED_MARK,
@@ -87,8 +88,9 @@ class Sweep:
             "slurm": self.slurm,
             "config": to_dict(self.base),
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.directory / INDEX, values)
+        with naming("--run-dir", self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(self.directory / INDEX, values)
 
     def path(self, member: Member) -> Path:
         return self.directory / member.name
@@ -119,9 +121,10 @@ class Sweep:
         """Make the run directories of members, each with its configuration; raises what `claim` raises."""
         for member in members:
             link = self.path(member) / "sparse"
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if member.ratio is not None and not link.is_symlink():
-                link.symlink_to(Path("..", member.sparse.name, "sparse"))
+            with naming("--run-dir", self.directory):
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if member.ratio is not None and not link.is_symlink():
+                    link.symlink_to(Path("..", member.sparse.name, "sparse"))
             claim(link.parent, self.preset, self.config_of(member))
 
     def is_done(self, member: Member) -> bool:
