@@ -47,7 +47,7 @@ def carry_out(command: str, about: str, arguments: Sequence[str]) -> int:
         print(to_yaml(read_target("netslim config", target, flags)[1]), end="")
         return 0
     if command == "data":
-        return write_data(read_preset("netslim data", target, flags))
+        return write_data(read_preset("netslim data", target, flags, is_run=False))
     own = [flag for flag in flags if flag != DRY_RUN]
     config = read_preset(f"netslim {command}", target, own)
     commands = commands_of(command, config)

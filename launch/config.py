@@ -85,7 +85,7 @@ class RunConfig:
     """How each process computes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When training is saved, to be taken up again after a crash."""
-    record: RecordConfig = RecordConfig()
+    record: RecordConfig = Field(default_factory=RecordConfig)
     """Where metrics go besides the run directory."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of weights, order and augmentation; two runs with the same seed end with the same weights on CPU."""

@@ -10,6 +10,8 @@ from errno import EACCES, EEXIST, ENOENT, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import NoReturn
 
+LAUNCHER_VARIABLE = "NETSLIM_LAUNCHER"
+"""By which netslim's own processes know the command that started them, and speaks for them."""
 MISTAKE = 2
 PREEMPTED = 3
 LOST_RANK = 1

@@ -4,10 +4,10 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from netslim.data import DataConfig
-from netslim.launch.config import FinetuneConfig, PruneConfig, RunConfig
+from netslim.launch.config import FinetuneConfig, PruneConfig, RunConfig, run_directory
 from netslim.launch.help import list_presets as list_presets
 from netslim.launch.help import nearest_preset
-from netslim.launch.reading import parse
+from netslim.launch.reading import as_it_began, parse
 from netslim.train import FitConfig, ModelConfig, SparsityConfig
 
 
@@ -125,7 +125,11 @@ def find_preset(name: str) -> Callable[[], RunConfig]:
     return PRESETS[name]
 
 
-def read_preset(command: str, name: str, flags: Sequence[str]) -> RunConfig:
-    """The configuration that flags make of a preset; raises what `find_preset` and `parse` do."""
+def read_preset(command: str, name: str, flags: Sequence[str], *, is_run: bool = True) -> RunConfig:
+    """The configuration that flags make of a preset; raises what `find_preset` and `parse` do.
+
+    Of a run that goes on what `as_it_began` says.
+    """
     make = find_preset(name)
-    return parse(f"{command} {name}", inspect.getdoc(make) or "", make(), flags)
+    config = parse(f"{command} {name}", inspect.getdoc(make) or "", make(), flags)
+    return as_it_began(config, run_directory(name, config), flags) if is_run else config

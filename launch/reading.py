@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
+import os
 import re
 import reprlib
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +19,9 @@ from pydantic import ValidationError
 
 from netslim.launch.config import ADAPTER, RunConfig, field_names, to_dict, with_tuples
 from netslim.launch.help import HELP, HELP_ALL, short_help
+from netslim.launch.mistakes import LAUNCHER_VARIABLE
+from netslim.train import RecordConfig
+from netslim.train.record import OF_ENVIRONMENT
 
 _LARGEST_FILE = 1 << 20  # bytes of a --config file; a whole configuration has two thousand
 _MOST_ALIASES = 20  # in one; each may double what the file grows to
@@ -58,6 +64,50 @@ def parse(prog: str, description: str, preset: RunConfig, arguments: Sequence[st
     config = read_flags(RunConfig, arguments, default=preset, prog=prog, description=description)
     # here, where all is known of which file: the run, and whoever goes on with it, takes no other
     return dataclasses.replace(config, model=config.model.pinned)
+
+
+def as_it_began(config: RunConfig, directory: Path, arguments: Sequence[str]) -> RunConfig:
+    """The configuration with which the run in a directory goes on, or that of a new run: as `recorded_as`."""
+    path = directory / "config.json"
+    if not (directory / "sparse").is_dir() or not path.is_file() or path.stat().st_size > _LARGEST_FILE:
+        return config
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        before = from_dict({key: value for key, value in values.items() if key != "preset"}, str(path))
+    except (ValueError, OSError, AttributeError, RecursionError):  # whoever claims the directory says what is wrong
+        return config
+    return recorded_as(before.record, config, directory, arguments)
+
+
+def recorded_as(before: RecordConfig, config: RunConfig, directory: Path, arguments: Sequence[str]) -> RunConfig:
+    """The configuration, recorded where the first start was, unless the arguments name another place.
+
+    The environment, which says the defaults, may have changed since; what of it is not taken is said in one line.
+    """
+    given = _given(arguments)
+    kept = {name: getattr(before, name) for name in OF_ENVIRONMENT if f"record.{name}" not in given}
+    odd = [name for name, value in kept.items() if value != getattr(config.record, name)]
+    # once: by rank 0, where no command of ours has said so already
+    if odd and os.environ.get("RANK", "0") == "0" and LAUNCHER_VARIABLE not in os.environ:
+        print(
+            f"netslim: warning: {directory} goes on in W&B as it began, with "
+            f"{', '.join(f'record.{name} {_SHORT.repr(kept[name])}' for name in odd)}; give a flag for another",
+            file=sys.stderr,
+            flush=True,
+        )
+    return dataclasses.replace(config, record=dataclasses.replace(config.record, **kept))
+
+
+def _given(arguments: Sequence[str]) -> set[str]:
+    """The dotted names of the fields that flags or a file name."""
+    flags, file = take_path(arguments, "--config", "a file, JSON or YAML")
+    names = {
+        re.sub(r"(^--|\.)no-", r"\1", flag.partition("=")[0].replace("_", "-")).lstrip("-").replace("-", "_")
+        for flag in flags
+        if flag.startswith("--")
+    }
+    values = {} if file is None else _read_file(file)
+    return names | {f"{section}.{name}" for section, of in values.items() if isinstance(of, Mapping) for name in of}
 
 
 def read_flags(kind: type[Config], arguments: Sequence[str], **options: Any) -> Config:
@@ -115,6 +165,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _merge_file(preset: RunConfig, file: Path) -> RunConfig:
+    return from_dict(_merge(to_dict(preset), _read_file(file)), f"--config {file}")
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    """What a --config file says, without the preset that a run's config.json names."""
     if not file.is_file():
         raise FileNotFoundError(f"--config {file}: there is no such file")
     if file.stat().st_size > _LARGEST_FILE:
@@ -125,8 +180,7 @@ def _merge_file(preset: RunConfig, file: Path) -> RunConfig:
         raise ValueError(f"--config {file} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"--config {file} holds {type(values).__name__}, not fields with values")
-    values = {key: value for key, value in values.items() if key != "preset"}  # which a run's config.json says
-    return from_dict(_merge(to_dict(preset), values), f"--config {file}")
+    return {key: value for key, value in values.items() if key != "preset"}
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def test_a_run_of_somebody_else_is_compared_and_nothing_is_made_in_it(run: Path)
     assert done.stderr.splitlines()[-1].startswith(
         f"netslim: warning: the page is not written: {run} cannot be written (Permission denied)"
     )
-    done = call(*stranger, SCRIPT, "sparsify", *smallest(run, run / "cache"), "--data.loader", "torch", "--data.num-workers", 0)
+    done = call(
+        *stranger, SCRIPT, "sparsify", *smallest(run, run / "cache"), "--data.loader", "torch", "--data.num-workers", 0
+    )
     assert done.returncode == 2
     assert_one_line(done.stderr, f"{run} cannot be written (Permission denied)", "--run-dir")
     assert sorted(run.rglob("*")) == before

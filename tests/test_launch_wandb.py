@@ -30,9 +30,9 @@ from torch import nn
 from whole_run import call as call_plainly
 
 from netslim.launch.config import RunConfig, field_names
-from netslim.launch.presets import find_preset
+from netslim.launch.presets import find_preset, read_preset
 from netslim.launch.reading import parse
-from netslim.launch.run.directory import read_config
+from netslim.launch.run.directory import claim, read_config
 from netslim.launch.run.summary import flat
 from netslim.train import Record, RecordConfig
 from netslim.train.record.wandb_run import WandbRun
@@ -181,6 +181,78 @@ def test_an_artifact_that_goes_in_is_the_one_that_came_out(stages: dict[str, Pat
             if record.HasField("artifact"):
                 digests.setdefault(record.artifact.name, set()).add(record.artifact.digest)
     assert len(digests["tried-sparse"]) == len(digests["tried-repair-0.50"]) == len(digests["dataset-digits"]) == 1
+
+
+VARIABLES = {
+    "WANDB_PROJECT": "their-project",
+    "WANDB_ENTITY": "their-team",
+    "WANDB_RUN_GROUP": "their-group",
+    "WANDB_NAME": "their name",
+    "WANDB_NOTES": "their notes",
+    "WANDB_JOB_TYPE": "their-type",
+    "WANDB_TAGS": "one, two",
+    "WANDB_RUN_ID": "theirid1",
+    "WANDB_RESUME": "must",
+    "WANDB_MODE": "offline",
+}
+
+
+def starts_of(directory: Path) -> dict[str, Any]:
+    """What W&B was told of each run as it began, by the stage."""
+    found = [(path, each.run) for path in wandb_runs(directory) for each in wandb_records(path) if each.HasField("run")]
+    return {start.display_name.rpartition(" ")[2]: start for _, start in found}
+
+
+def test_what_wandbs_variables_say_of_a_run_is_the_default_of_its_fields(
+    tmp_path: Path, address: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {**VARIABLES, "WANDB_DIR": str(tmp_path / "elsewhere")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(WandbRun, "has_told_of_resuming", False)
+    of_flags = ["--record.group", "mine", "--record.tags", "three", "--record.project", "own", "--record.notes", "My."]
+    for stage, flags in (("sparse", []), ("finetune", of_flags)):
+        config = parse("netslim", "", find_preset("digits")(), flags).record
+        place, is_last = tmp_path / "run" / stage, stage == "finetune"
+        with Record(stage, place, is_main=True, config=config, run_name="run", is_last=is_last) as record:
+            record.finish({"accuracy": 0.9})
+    assert not (tmp_path / "run" / "wandb").exists()
+    starts = starts_of(tmp_path / "elsewhere")
+    sparse, last = starts["sparse"], starts["finetune"]
+    assert (sparse.project, sparse.entity, sparse.run_group) == ("their-project", "their-team", "their-group")
+    assert (sparse.display_name, sparse.notes, sparse.job_type) == ("their name sparse", "their notes", "their-type")
+    assert list(sparse.tags) == ["one", "two"]
+    assert (last.project, last.entity, last.run_group) == ("own", "their-team", "mine")
+    assert (last.notes, list(last.tags)) == ("My.", ["three"])
+    assert (sparse.run_id == "theirid1", last.run_id) == (False, "theirid1")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        "sparse: warning: WANDB_RESUME is ignored: a stage goes on in the W&B run that its checkpoint names"
+    )
+
+
+def test_a_run_that_goes_on_is_recorded_where_it_began_unless_a_flag_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--run-dir", str(tmp_path)]
+    monkeypatch.setenv("WANDB_PROJECT", "first")
+    monkeypatch.setenv("WANDB_TAGS", "one")
+    claim(tmp_path, "digits", read_preset("netslim run", "digits", flags))
+    monkeypatch.setenv("WANDB_PROJECT", "second")
+    assert read_preset("netslim run", "digits", flags).record.project == "second"  # nothing has begun
+    (tmp_path / "sparse").mkdir()
+    capfd.readouterr()
+    record = read_preset("netslim run", "digits", flags).record
+    assert (record.project, record.tags) == ("first", ("one",))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        f"netslim: warning: {tmp_path} goes on in W&B as it began, with record.project 'first'; give a flag for another"
+    )
+    monkeypatch.delenv("WANDB_TAGS")
+    given = read_preset("netslim run", "digits", [*flags, "--record.project=third"]).record
+    assert (given.project, given.tags) == ("third", ("one",))
+    (tmp_path / "mine.yaml").write_text("record: {tags: [two]}")
+    given = read_preset("netslim run", "digits", [*flags, "--config", str(tmp_path / "mine.yaml")]).record
+    assert (given.project, given.tags) == ("first", ("two",))
 
 
 @pytest.mark.parametrize("home", [None, "/proc/nowhere"])

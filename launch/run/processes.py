@@ -18,10 +18,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from netslim.launch.config import RunConfig
-from netslim.launch.mistakes import MISTAKE, PREEMPTED
+from netslim.launch.mistakes import LAUNCHER_VARIABLE, MISTAKE, PREEMPTED
 from netslim.train import LostRankError, check_devices, num_gpus
 
-_LAUNCHER = "NETSLIM_LAUNCHER"
 _OF_A_GROUP = re.compile(
     r"((LOCAL|GROUP)_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|PET_\w+"
     r"|PMI_(RANK|SIZE)|MPI_LOCAL(RANKID|NRANKS)|(OMPI|MV2)_COMM_WORLD_\w+"
@@ -66,7 +65,7 @@ def launch(
 
     # The launcher reports a failed process with a traceback of its own, after the process has said what is wrong.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[_LAUNCHER] = str(os.getpid())
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     # Not by the launcher's own --max_restarts: it would start a run again that was preempted or has a mistake, and
     # its store would give the new processes the addresses of the dead ones.
     for _ in range(max_restarts):
@@ -111,13 +110,13 @@ def end_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(os.environ.get(_LAUNCHER, os.getppid())):  # it ended while this process was starting
+    if os.getppid() != int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())):  # it ended while this process was starting
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_of_netslim() -> bool:
     """Whether netslim itself started this process, and says at the end what the run came to."""
-    return _LAUNCHER in os.environ
+    return LAUNCHER_VARIABLE in os.environ
 
 
 def warn_of_missing_processes() -> None:

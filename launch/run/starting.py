@@ -68,7 +68,7 @@ def read_target(command: str, target: str, flags: Sequence[str]) -> tuple[str, R
     Raises ValueError or OSError as `read_preset` does, and for a directory that is no run.
     """
     if target in PRESETS or not Path(target).is_dir():
-        return target, read_preset(command, target, flags), list(flags)
+        return target, read_preset(command, target, flags, is_run=False), list(flags)
     preset = preset_of_run(Path(target))
     every = ["--config", f"{target}/config.json", "--run-dir", target, *flags]
     about = f"A run of the preset {preset}, with its own values."

@@ -1,5 +1,6 @@
 """The command ``netslim sweep``: a grid of lambdas, ratios and seeds, of which each sparse model is trained once."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from netslim.launch.batch import SlurmConfig, describe_flags, queued, split_flag
 from netslim.launch.config import RunConfig, differences, to_dict
 from netslim.launch.mistakes import INTERRUPTED, PREEMPTED
 from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
-from netslim.launch.reading import read_flags
+from netslim.launch.reading import read_flags, recorded_as
 from netslim.launch.run import METRICS, PREEMPTED_MARK, check_batch, check_network, count_processes, launch, read_row
 from netslim.launch.sweep.grid import INDEX, Member, Sweep
 from netslim.launch.sweep.jobs import submit_members
@@ -72,13 +73,15 @@ def new_sweep(preset: str, config: SweepConfig, flags: Sequence[str]) -> Sweep:
         taken = {"--sparsity.weight": "--weights", "--prune.ratio": "--ratios", "--seed": "--seeds"}
         if flag.partition("=")[0] in taken:
             raise ValueError(f"{flag} is what a sweep varies; give {taken[flag.partition('=')[0]]} instead")
-    base = read_preset("netslim sweep", preset, flags)
+    base = read_preset("netslim sweep", preset, flags, is_run=False)
     directory = (base.run_dir or Path("runs") / f"{preset}-sweep").absolute()
     before = Sweep.read(directory) if (directory / INDEX).is_file() else None
     if config.status:
         if before is None:
             raise ValueError(f"{directory} is no sweep: it holds no {INDEX}; name a sweep's directory")
         return before
+    if before is not None:
+        base = recorded_as(before.base.record, base, directory, flags)
     members = grid(config, base)
     if len(members) > _MANY and not config.yes:
         raise ValueError(f"the grid has {len(members):,} members; give --yes if that is meant")
@@ -132,6 +135,8 @@ def run_members(sweep: Sweep, compare: Compare) -> int:
     """Run what is not done here, one member after the other; a member that fails does not keep the others from it."""
     num_processes = count_processes(sweep.base)
     check_batch(sweep.base, num_processes)
+    if os.environ.pop("WANDB_RUN_ID", None) is not None:
+        print("netslim: warning: ignores WANDB_RUN_ID: it names one run, and a sweep has many", file=sys.stderr)
     todo = [member for member in sweep.members if not sweep.is_done(member)]
     sweep.make(todo)
     sweep.write()

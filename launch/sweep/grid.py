@@ -104,7 +104,11 @@ class Sweep:
             # with all of them, a ratio that cannot be reached is found out before sparsity training
             prune=replace(self.base.prune, ratio=ratios if member.ratio is None else (member.ratio,)),
             seed=member.seed,
-            record=replace(self.base.record, group=self.base.record.group or self.directory.name),
+            record=replace(
+                self.base.record,
+                group=self.base.record.group or self.directory.name,
+                name=self.base.record.name and f"{self.base.record.name} {member.name}",
+            ),
             run_dir=self.path(member),
         )
 

@@ -112,6 +112,7 @@ def array_script(sweep: Sweep, slurm: SlurmConfig, name: str, members: Sequence[
         f"members=({shlex.join(member.name for member in members)})",
         f'run_dir={directory}/"${{members[SLURM_ARRAY_TASK_ID]}}"',
         f'recipe=({shlex.quote(sweep.preset)} --config "$run_dir/config.json" --run-dir "$run_dir")',
+        "unset WANDB_RUN_ID  # it would name one run, and these are many",
     ]
     if name == "sparse":
         which.append("export NETSLIM_STAGES=sparsify")

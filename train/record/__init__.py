@@ -5,11 +5,12 @@ W&B is spoken to is nobody else's business.
 """
 
 from netslim.train.record.pace import Leg, Pace
-from netslim.train.record.record import Record, RecordConfig
+from netslim.train.record.record import OF_ENVIRONMENT, Record, RecordConfig
 from netslim.train.record.wandb_content import Artefact, Lineage, Picture
 from netslim.train.record.wandb_server import Probe, has_key
 
 __all__ = [
+    "OF_ENVIRONMENT",
     "Artefact",
     "Leg",
     "Lineage",

@@ -16,9 +16,19 @@ from netslim.base import plainly
 from netslim.train.record.pace import Leg, Pace
 from netslim.train.record.wandb_content import Lineage, Picture, Table
 from netslim.train.record.wandb_run import WandbRun
-from netslim.train.record.wandb_server import wandb_mode
+from netslim.train.record.wandb_server import Trial, of_environment, wandb_mode
 
 T = TypeVar("T")
+
+
+def _tags() -> tuple[str, ...]:
+    return tuple(tag for tag in map(str.strip, (of_environment("TAGS") or "").split(",")) if tag)
+
+
+def _directory() -> Path | None:
+    named = of_environment("DIR")
+    # an agent says there where it was started itself
+    return None if named is None or Trial.of_this_process() is not None else Path(named)
 
 
 @plainly
@@ -26,18 +36,32 @@ T = TypeVar("T")
 class RecordConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """Weights & Biases: auto is online where a key is present, else offline; without an answer, offline."""
-    project: str = "netslim"
-    """W&B project."""
-    entity: str | None = None
-    """W&B user or team; None is the key's own."""
-    group: str | None = None
-    """W&B group that holds the stages of this experiment; None is the name of the run directory."""
-    tags: tuple[str, ...] = ()
-    """W&B tags."""
+    project: str = Field(default_factory=lambda: of_environment("PROJECT") or "netslim")
+    """W&B project; WANDB_PROJECT says another default."""
+    entity: str | None = Field(default_factory=lambda: of_environment("ENTITY"))
+    """W&B user or team, by default that of WANDB_ENTITY; None is the key's own."""
+    group: str | None = Field(default_factory=lambda: of_environment("RUN_GROUP"))
+    """W&B group that holds the stages of this experiment, by default that of WANDB_RUN_GROUP; None is the name of the
+    run directory."""
+    name: str | None = Field(default_factory=lambda: of_environment("NAME"))
+    """W&B name of this experiment, which the stage's follows, by default that of WANDB_NAME; None is the name of the
+    run directory."""
+    notes: str | None = Field(default_factory=lambda: of_environment("NOTES"))
+    """W&B notes, by default those of WANDB_NOTES."""
+    job_type: str | None = Field(default_factory=lambda: of_environment("JOB_TYPE"))
+    """W&B job type, by default that of WANDB_JOB_TYPE; None is the stage: sparse, prune, repair, finetune."""
+    tags: tuple[str, ...] = Field(default_factory=_tags)
+    """W&B tags, by default those of WANDB_TAGS, between commas."""
+    directory: Path | None = Field(default_factory=_directory)
+    """Where W&B keeps its files, by default in WANDB_DIR; None is the run directory."""
     artifacts: bool = False
     """Upload each stage's files as a W&B artifact, and link it to what it was made from."""
     progress_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How often a long stage says how far it is, where there is no terminal for a bar."""
+
+
+OF_ENVIRONMENT = ("project", "entity", "group", "name", "notes", "job_type", "tags", "directory")
+"""The fields of `RecordConfig` whose defaults are variables of W&B's."""
 
 
 class Record:
@@ -73,11 +97,12 @@ class Record:
                     wanted=config.wandb,
                     project=config.project,
                     entity=config.entity,
-                    stage=stage,
-                    directory=directory.parent,
+                    directory=config.directory or directory.parent,
                     description={
                         "group": config.group or run_name,
-                        "name": f"{run_name} {stage}",
+                        "name": f"{config.name or run_name} {stage}",
+                        "job_type": config.job_type or stage.split("-")[0],
+                        "notes": config.notes,
                         "tags": list(config.tags),
                         "config": settings or {},
                     },

@@ -19,7 +19,15 @@ from netslim.train.record.wandb_content import (
     gamma_histograms,
     log_drafts,
 )
-from netslim.train.record.wandb_server import Mode, Probe, Trial, has_key, set_up_wandb, wandb_mode
+from netslim.train.record.wandb_server import (
+    Mode,
+    Probe,
+    Trial,
+    has_key,
+    of_environment,
+    set_up_wandb,
+    wandb_mode,
+)
 
 # How long W&B may keep a process waiting: as a stage begins to record, for its pictures and artifacts, and at its end.
 # The first wait in vain is the last: what follows is recorded offline.
@@ -32,12 +40,14 @@ class WandbRun:
     A server that does not answer is noticed while the first epochs run; one that stops answering, by a limit on every
     wait. What W&B would show is on disk in each case, for `wandb sync`.
 
-    In a process that ``wandb agent`` started, the stage that ``is_last`` is the trial's run, and every other stage has
-    one of its own beside it, which belongs to no sweep.
+    The stage that ``is_last`` is the run of WANDB_RUN_ID, in a process that ``wandb agent`` started the trial's. Every
+    other stage has one of its own beside it, which belongs to no sweep.
     """
 
     stays_offline: ClassVar[bool] = False
     """Whether this process has waited for W&B in vain: no stage after that waits again."""
+
+    has_told_of_resuming: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -45,7 +55,6 @@ class WandbRun:
         wanted: Any,
         project: str,
         entity: str | None,
-        stage: str,
         directory: Path,
         description: Mapping[str, Any],
         is_last: bool,
@@ -56,16 +65,18 @@ class WandbRun:
             project, entity = trial.project or project, trial.entity or entity
         self._trial = trial if is_last else None
         # not from `random`: two runs with one seed would share it
-        self.id = secrets.token_hex(4) if self._trial is None else self._trial.run
+        self.id = (of_environment("RUN_ID") if is_last else None) or secrets.token_hex(4)
         self._project, self._entity = project, entity
         self._description: dict[str, Any] = {
             "project": project,
             "entity": entity,
-            "job_type": stage.split("-")[0],
             "dir": directory,
             **description,
         }
         self._say = say
+        if of_environment("RESUME") and not WandbRun.has_told_of_resuming:
+            WandbRun.has_told_of_resuming = True
+            say("WANDB_RESUME is ignored: a stage goes on in the W&B run that its checkpoint names", warning=True)
         self._run: Any = None
         self._is_out = False
         self._is_resumed = False
@@ -161,6 +172,7 @@ class WandbRun:
         set_up_wandb()
         import wandb
 
+        Path(self._description["dir"]).mkdir(parents=True, exist_ok=True)
         run, trouble = None, None
         if self._mode == "online" and not WandbRun.stays_offline:
             trouble = self._why_not_online()

@@ -16,7 +16,17 @@ from typing import Any, Literal, cast
 PROBE_SECONDS = 5.0
 """How long to look for a server; training goes on meanwhile."""
 _SWEEP, _RUN = "WANDB_SWEEP_ID", "WANDB_RUN_ID"
+_OF_A_RUN = (
+    *(_SWEEP, _RUN, "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_NOTES"),
+    *("WANDB_JOB_TYPE", "WANDB_TAGS", "WANDB_DIR", "WANDB_RESUME"),
+)
+"""What W&B would take for every run of the process, whatever it is told of each."""
 Mode = Literal["online", "offline"]
+
+
+def of_environment(name: str) -> str | None:
+    """What a variable of W&B's says, without its prefix; None where it says nothing."""
+    return os.environ.get(f"WANDB_{name}", "").strip() or None
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ def set_up_wandb() -> Any:
     _give_logs_a_place()
     import wandb  # seconds to import, and not wanted everywhere
 
-    with _without_sweep():
+    with _without_runs():
         # online: under a WANDB_MODE that the configuration overrides, W&B would look for no key
         return wandb.setup(wandb.Settings(silent=True, mode="online")).settings
 
@@ -65,9 +75,9 @@ def _give_logs_a_place() -> None:
 
 
 @contextmanager
-def _without_sweep() -> Iterator[None]:
-    """Hide the agent's variables: where W&B knows them, every run of the process takes the trial's id."""
-    hidden = {name: os.environ.pop(name) for name in (_SWEEP, _RUN) if name in os.environ}
+def _without_runs() -> Iterator[None]:
+    """Hide the variables of a run, which are our fields' defaults: else every run of the process has the trial's id."""
+    hidden = {name: os.environ.pop(name) for name in _OF_A_RUN if name in os.environ}
     try:
         yield
     finally:
@@ -89,6 +99,7 @@ def wandb_mode(
 ) -> Mode | None:
     """How to record; None is not at all. ``auto`` is what WANDB_MODE says, else online where there is a key."""
     wish = os.environ.get("WANDB_MODE", "auto") if wanted == "auto" else wanted
+    wish = {"dryrun": "offline", "run": "online"}.get(wish, wish)  # older names
     if wish == "disabled":
         return None
     if wish in ("online", "offline"):
