@@ -9,9 +9,13 @@ from pathlib import Path
 def write_flushed(path: Path, content: bytes) -> None:
     """Write a new file, and wait until it is on the disk; raises FileExistsError where there is one."""
     with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:  # which names no file by itself
+            error.filename = str(path)
+            raise
 
 
 def flush(path: Path) -> None:

@@ -2,11 +2,12 @@
 
 import io
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EACCES, EEXIST, ENOENT, ENOTDIR, EPERM, EROFS
+from errno import EACCES, EEXIST, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,6 +82,17 @@ def end_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _remedy(error: OSError) -> str:
+    """What helps where a disk is full, and has not been said yet."""
+    if error.errno != ENOSPC or "free some" in str(error):
+        return ""
+    free = ""
+    if error.filename is not None and "are free" not in str(error):
+        place = next(path for path in Path(error.filename).absolute().parents if path.is_dir())
+        free = f", {shutil.disk_usage(place).free / 2**20:,.1f} MiB are free"
+    return f"{free}; free some, or use another --run-dir"
+
+
 def _rank(own: int | None) -> int:
     return int(os.environ.get("RANK", "0")) if own is None else own
 
@@ -95,5 +107,5 @@ def _is_mistake(error: Exception) -> bool:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = "" if error.filename is None else f"{error.filename}: "
-        return f"{where}{error.strerror}"
+        return f"{where}{error.strerror}{_remedy(error)}"
     return " ".join(str(error).split())

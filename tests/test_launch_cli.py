@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Disk
 from PIL import Image
 from torch import nn
 from whole_run import SCRIPT, call, results
@@ -444,7 +445,9 @@ def test_a_full_disk_ends_the_run_and_leaves_no_stage_that_looks_complete(
 ) -> None:
     code, error = netslim("run", *tiny, "--run-dir", full_disk)
     assert code == 2
-    assert "No space left on device" in error
+    assert_one_line(
+        error, f"{full_disk}", "No space left on device", "MiB are free; free some, or use another --run-dir"
+    )
     assert not list(full_disk.glob("*/metrics.json"))
 
 
@@ -578,6 +581,32 @@ def test_a_dry_run_without_the_images_says_so_and_goes_on(tmp_path: Path, capfd:
     assert "warning: the run would be refused" in said
     assert str(tmp_path / "none") in said
     assert "memory of training" in said
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_before_training(
+    netslim: Netslim, tiny: list[object], disk: Disk
+) -> None:
+    disk.resize(1 << 20)  # the weights alone have some 0.15 MB
+    wide = ["--model.width", 0.25, "--data.loader", "torch", "--data.num-workers", 0]
+    code, error = netslim("sparsify", *tiny, "--run-dir", disk.path / "run", *wide)
+    assert code == 2
+    parts = re.search(
+        r"about ([\d.]+) MiB are needed .*, ([\d.]+) MiB are free; free some, or use another --run-dir", error
+    )
+    assert parts is not None, error
+    assert float(parts[1]) > 1 >= float(parts[2]) > 0.9
+    assert f"{disk.path}/run" in error
+    assert not list(disk.path.rglob("metrics.jsonl"))
+
+
+def test_a_shared_memory_that_cannot_hold_the_workers_batches_is_refused_before_training(
+    netslim: Netslim, tiny: list[object], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.resize(64 << 10)
+    monkeypatch.setattr("netslim.data.batches.loaders._SHARED", str(disk.path))
+    code, error = netslim("sparsify", *tiny, "--data.loader", "torch", "--data.num-workers", 2)
+    assert code == 2
+    assert_one_line(error, f"{disk.path}: No space left on device", "about 1.5 MiB", "0.1 MiB are free", "--shm-size")
 
 
 def test_inspect_prints_the_map_of_a_preset(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,11 @@
 """Prepared data to batches on a device: the same whatever the number of ranks, accumulation, or loader."""
 
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from errno import ENOSPC
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +21,8 @@ from netslim.data.store import DataInfo, check_sizes, damaged
 __all__ = ["CalibrationLoader", "Loaders", "Shard", "TestLoader", "TrainLoader", "open_calibration", "open_loaders"]
 
 Batch = tuple[Tensor, Tensor]
+_SHARED = "/dev/shm"
+_AHEAD = 2  # batches that each of torch's worker processes reads ahead
 
 
 class Reader(Protocol):
@@ -178,6 +183,19 @@ def open_calibration(
     return CalibrationLoader(reader, _ToDevice(info, device), order, chunk_size, shard)
 
 
+def _check_shared_memory(need: int) -> None:
+    """Raise OSError where batches of so many bytes, which worker processes hand over there, find no room."""
+    free = shutil.disk_usage(_SHARED).free if os.path.isdir(_SHARED) else need
+    if free < need:
+        raise OSError(
+            ENOSPC,
+            f"{os.strerror(ENOSPC)}: worker processes hand over batches there, about {need / 2**20:,.1f} MiB, and "
+            f"{free / 2**20:,.1f} MiB are free; free some, give the container more (--shm-size, --ipc=host), or use "
+            "--data.num-workers 0",
+            _SHARED,
+        )
+
+
 def _open_readers(
     config: DataConfig, info: DataInfo, micro_batch: int, augmentation: Augmentation | None, device: torch.device
 ) -> tuple[Reader, Reader]:
@@ -202,6 +220,9 @@ def _open_readers(
         )
     from netslim.data.batches.torch_loader import TorchReader
 
+    if config.num_workers:
+        batches = min(micro_batch, info.num_train) + min(config.eval_batch_size, info.num_test)
+        _check_shared_memory(config.num_workers * _AHEAD * batches * 3 * info.size**2)
     return (
         TorchReader(source.train, micro_batch, augmentation, config.num_workers, device),
         TorchReader(source.test, config.eval_batch_size, None, config.num_workers, device),

@@ -85,6 +85,8 @@ def _train(job: Job, stage: Stage, made: Made, training: Training, record: Recor
     about = {"stage": stage.name, "ratio": stage.ratio, "preset": job.preset, "plan": plan.digest if plan else None}
     identity = {**about, **fixed_fields(to_dict(config), unread)}
     store = Store(job.path(stage) / "checkpoints", config.checkpoint.keep)
+    saver = Saver(store, job.run, config.checkpoint, identity)
+    saver.check_room(made.model)
     if training.says:
         record.say(training.says)
         for line in training.warns:
@@ -98,7 +100,7 @@ def _train(job: Job, stage: Stage, made: Made, training: Training, record: Recor
         record=record,
         gammas=training.gammas,
         sparsity=config.sparsity if training.gammas else None,
-        saver=Saver(store, job.run, config.checkpoint, identity),
+        saver=saver,
         slimming=training.slimming,
     )
     slimming = training.slimming

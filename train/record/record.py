@@ -144,8 +144,12 @@ class Record:
             return
         if self._file is None:  # of the first epoch: what an earlier attempt left is replaced
             self._file = self._path.open("w", encoding="utf-8")
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
+        except OSError as error:  # which names no file by itself
+            error.filename = str(self._path)
+            raise
         self.say(_epoch_line(metrics, of))
         if self._wandb is not None:
             self._wandb.log(metrics, model)

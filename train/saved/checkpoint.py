@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,6 +78,19 @@ class Store:
             shutil.rmtree(draft, ignore_errors=True)
         self._delete_others(target, best_step)
         return target
+
+    def check_room(self, need: int) -> None:
+        """Raise OSError, which says both, where ``need`` bytes are neither free nor those of earlier checkpoints."""
+        place = next(path for path in (self.directory, *self.directory.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(place).free
+        own = sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
+        if free + own < need:
+            raise OSError(
+                ENOSPC,
+                f"{os.strerror(ENOSPC)}: about {need / 2**20:,.1f} MiB are needed for checkpoints and weights, "
+                f"{(free + own) / 2**20:,.1f} MiB are free",
+                str(place),
+            )
 
     def newest(self, say: Callable[[str], None]) -> Snapshot | None:
         """Read the newest checkpoint that verifies; `say` is told of each newer one that does not, and why.

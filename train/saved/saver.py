@@ -58,6 +58,20 @@ class Saver:
         self._writer = ThreadPoolExecutor(1, "netslim-checkpoint")
         self._writing: Future[Any] | None = None
 
+    def check_room(self, model: nn.Module) -> None:
+        """Raise OSError, on every rank, where the disk cannot hold what training of a model will leave there.
+
+        That is a checkpoint beside the one before it, and the weights at the end.
+        """
+        if self.store is None:
+            return
+        store, ranks = self.store, self.run.world_size
+        weights = sum(each.numel() * each.element_size() for each in model.parameters())
+        buffers = sum(each.numel() * each.element_size() for each in model.buffers())
+        saves = any(x is not None for x in (self.config.minutes, self.config.steps, self.config.epochs))
+        need = weights + buffers + 2 * saves * (2 * weights + ranks * buffers)
+        self.run.on_main(lambda: store.check_room(need))
+
     def after_step(self, training: Trainee, progress: Progress) -> None:
         """Save where it is due; stop where a signal asks for it."""
         minutes, steps = self.config.minutes, self.config.steps
