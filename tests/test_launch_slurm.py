@@ -65,6 +65,24 @@ def test_a_job_on_two_nodes_that_is_told_to_save_is_requeued_and_ends_as_an_undi
     assert len(set(ids)) == 4
 
 
+def test_a_step_that_is_told_to_end_without_the_signal_before_is_requeued_and_goes_on(
+    cluster: Cluster, data_cache: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    short = [*SHORT, *ONE_RATIO, *QUICK, "--sparsify.epochs", 60, "--processes-per-node", 1, "--data.cache", data_cache]
+    job = submit(cluster, directory, *short, "--record.wandb", "disabled")
+    assert wait_until(lambda: "sparse: epoch 1/60" in log_of(directory, job), 600), log_of(directory, job)
+    cluster.call("scancel", "--signal=TERM", f"{job}.0")
+    assert wait_until(lambda: cluster.jobs().get(job) in ("PENDING", None), 300)
+    assert cluster.jobs().get(job) == "PENDING", log_of(directory, job)
+    assert wait_until(lambda: cluster.has_left(job), 300)
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+    cluster.wait()
+    assert cluster.field(job, "Restarts") == "1"
+    assert cluster.field(job, "JobState") == "COMPLETED", f"{log_of(directory, job)}{cluster.logs()}"
+    assert "sparse: goes on from the checkpoint after step" in log_of(directory, job)
+
+
 def test_a_cancelled_job_leaves_no_process_and_hostile_names_run_nothing(
     cluster: Cluster, flags: list[object], tmp_path: Path
 ) -> None:

@@ -58,9 +58,13 @@ done
 
 # Saved, or with no step of training at hand that could be saved, as during a repair: the job goes on from there.
 if [ -e "$run_dir/@preempted" ] || [ -z "$code" ]; then
-    if [ -n "$late" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt @requeues ]; then
-        echo "netslim: job $SLURM_JOB_ID goes back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}  # one of an array alone
+    job=${job:-$SLURM_JOB_ID}
+    # Its step may have been told to end by itself, without the signal to this shell; a job that is cancelled stays so.
+    state=$(scontrol show job "$job" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
+    if [ "$state" != CANCELLED ] && [ "${SLURM_RESTART_COUNT:-0}" -lt @requeues ]; then
+        echo "netslim: job $job goes back into the queue"
+        scontrol requeue "$job"
         sleep 60  # until SLURM ends this shell
     fi
     echo "netslim: stopped after ${SLURM_RESTART_COUNT:-0} requeues of at most @requeues; to go on:" @again >&2
