@@ -69,9 +69,9 @@ def test_a_step_that_is_told_to_end_without_the_signal_before_is_requeued_and_go
     cluster: Cluster, data_cache: Path, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
-    short = [*SHORT, *ONE_RATIO, *QUICK, "--sparsify.epochs", 60, "--processes-per-node", 1, "--data.cache", data_cache]
+    short = [*SHORT, *ONE_RATIO, *QUICK, "--sparsify.epochs", 12, "--processes-per-node", 1, "--data.cache", data_cache]
     job = submit(cluster, directory, *short, "--record.wandb", "disabled")
-    assert wait_until(lambda: "sparse: epoch 1/60" in log_of(directory, job), 600), log_of(directory, job)
+    assert wait_until(lambda: "sparse: epoch 1/12" in log_of(directory, job), 600), log_of(directory, job)
     cluster.call("scancel", "--signal=TERM", f"{job}.0")
     assert wait_until(lambda: cluster.jobs().get(job) in ("PENDING", None), 300)
     assert cluster.jobs().get(job) == "PENDING", log_of(directory, job)
