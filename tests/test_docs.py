@@ -315,8 +315,28 @@ def prelude() -> dict[str, Any]:
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, shell: Shell) -> None:
     names = prelude()
     for block in BLOCKS:
-        if (block.page, block.language) == (page, "python"):
+        if (block.page, block.language) == (page, "python") and not block.file:  # which stands by itself
             exec(compile(block.text.replace(*SMALLER), str(block), "exec"), names)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_script_of_a_loop_of_ones_own_slims_digits(num_processes: int, shell: Shell) -> None:
+    script = Path("slim_digits.py")
+    command = [sys.executable, script]
+    if num_processes > 1:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+        others = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        command = [*launcher, "--num_processes", str(num_processes), *others, script]
+    else:  # that it runs: how well is seen below
+        script.write_text(script.read_text().replace("SPARSE, FINETUNE = 9, 4", "SPARSE, FINETUNE = 2, 1"))
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^([a-z-]+): ([\d.]+)%, ([\d,]+) parameters$", done.stdout, re.MULTILINE)
+    assert [name for name, _, _ in found] == ["sparse", "cut", "repaired", "fine-tuned"]
+    before, *after = (int(size.replace(",", "")) for _, _, size in found)
+    assert all(size < before / 2 for size in after)
+    if num_processes > 1:
+        assert float(found[-1][1]) > 90
 
 
 def test_a_new_command_is_picked_up_and_one_that_nothing_carries_out_fails() -> None:
