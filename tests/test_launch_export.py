@@ -282,7 +282,7 @@ def test_a_users_network_that_is_gone_is_named(
 
 def test_help_names_the_command_and_its_flags(capfd: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["--help"]) == 0
-    assert "netslim export RUN" in capfd.readouterr().out
+    assert "  export RUN " in capfd.readouterr().out
     with pytest.raises(SystemExit) as stop:
         dispatch(["export", "--help"])
     assert stop.value.code == 0

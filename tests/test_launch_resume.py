@@ -348,7 +348,7 @@ def test_ranks_of_any_launcher_that_do_not_divide_the_batch_are_refused_before_a
 ) -> None:
     config = RunConfig(data=DataConfig(batch_size=256), run_dir=tmp_path / "run")
     info: Any = None
-    ranks: Any = SimpleNamespace(world_size=3)
+    ranks: Any = SimpleNamespace(world_size=3, on_main=lambda work: work())
     with pytest.raises(ValueError, match="batch size 256 is not a multiple of 3 ranks"):
         open_job("digits", config, info, ranks)
     assert not (tmp_path / "run").exists()

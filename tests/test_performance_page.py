@@ -25,6 +25,11 @@ def test_the_page_is_what_the_command_makes_of_the_figures_beside_it():
     assert performance.PAGE.read_text(encoding="utf-8") == page, "run: python tests/bench/performance.py"
 
 
+def test_the_page_of_networks_is_what_the_command_makes_of_the_zoos_figures():
+    page = performance.make_networks_page(performance.ZOO)
+    assert performance.NETWORKS.read_text(encoding="utf-8") == page, "run: python tests/bench/performance.py"
+
+
 def test_every_figure_of_a_table_comes_back_on_the_page(tmp_path: Path):
     results = leave_figures(tmp_path / "bench_prune.json")
     assert performance.read_figures(tmp_path / "bench_prune.json")["tables"] == results.tables

@@ -207,7 +207,7 @@ def test_wrong_arguments_are_refused_in_one_line_before_any_work(small, tmp_path
         (EXAMPLE[:0], "model.pt2", "pt2", r"an example of shape \(0, 3, 32, 32\) is no batch of images"),
         (EXAMPLE.double(), "model.pt2", "pt2", "float32 networks, the example is torch.float64; use .float()"),
         (EXAMPLE, "", "onnx", "is a directory; name a file"),
-        (EXAMPLE, "file", "weights", "need a plan that says how its network is built"),
+        (EXAMPLE, "file", "weights", "need an origin that says how their network is built"),
         (EXAMPLE, "no/model.pt2", "pt2", "there is no directory .*/no to write model.pt2 into; make it first"),
     ]
     for example, name, format, what in cases:

@@ -14,7 +14,7 @@ from test_prune_nets import EXAMPLE, chain, scramble
 from torch import nn
 
 import netslim.prune.choose.plan
-from netslim.prune import Origin, Plan, load, load_plan, save, slim
+from netslim.prune import Origin, Plan, load, load_origin, load_plan, save, slim
 
 NETWORKS = "netslim.train.models:build_network"
 
@@ -70,10 +70,31 @@ def test_without_an_origin_load_asks_for_the_build_function(tmp_path):
         load(tmp_path)
 
 
-def test_an_origin_without_a_plan_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(ValueError, match="an origin is kept in a plan"):
-        save(build(), None, tmp_path / "new", OWN)
-    assert not (tmp_path / "new").exists()
+def test_a_network_that_is_whole_says_by_itself_where_it_came_from(tmp_path):
+    model = build()
+    save(model, None, tmp_path, OWN)
+    assert load_origin(tmp_path) == OWN
+    back = load(tmp_path).state_dict()
+    assert all(torch.equal(value, back[key]) for key, value in model.state_dict().items())
+    save(model, None, tmp_path)  # which leaves nothing of the save before
+    with pytest.raises(ValueError, match=r"nothing in .* says how its network is built"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "not an origin"),
+        ('{"function": "ctypes:CDLL", "name": "libc.so.6", "num_classes": 1}', "a module of Python's own"),
+        ('{"function": "mypkg:build", "num_classes": 10, "more": 1}', "not an origin"),
+    ],
+)
+def test_an_origin_that_was_tampered_with_is_refused_by_its_file(text, what, tmp_path):
+    save(build(), None, tmp_path, OWN)
+    (tmp_path / "origin.json").write_text(text)
+    with pytest.raises(ValueError, match=what) as caught:
+        load(tmp_path)
+    assert f"{tmp_path}/origin.json: " in str(caught.value)
 
 
 def test_the_digest_covers_the_origin(tmp_path):

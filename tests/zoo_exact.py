@@ -5,10 +5,12 @@ import math
 import tempfile
 import time
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.nn import functional
+from torch.utils._pytree import MappingKey, tree_leaves, tree_map_with_path
 from zoo_networks import NORMS, Network
 
 from netslim.prune import ChannelMap, Coupling, Plan, cut, load, make_plan, map_channels, save
@@ -21,8 +23,10 @@ DRAWING = {"DropPath", "StochasticDepth", "DropBlock2d", "PatchDropout"}
 
 
 def called(model: nn.Module, example: Any) -> list[Tensor]:
+    """Call a network; what it drops out by a function, and no module that could be switched off, it keeps."""
     torch.manual_seed(1)
-    found = model(*example) if isinstance(example, tuple) else model(example)
+    with patch.object(functional, "dropout", lambda values, *args, **kwargs: values):
+        found = model(*example) if isinstance(example, tuple) else model(example)
     return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
@@ -87,7 +91,13 @@ def calibrate(model: nn.Module, plan: Plan, example: Any) -> None:
 
 
 def widened(example: Any) -> Any:
-    return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, example)
+    """Convert an example to float64, but for keypoints: torchvision takes those in float32 alone."""
+
+    def one(path: Any, value: Any) -> Any:
+        is_wide = isinstance(value, Tensor) and value.is_floating_point() and MappingKey("keypoints") not in path
+        return value.double() if is_wide else value
+
+    return tree_map_with_path(one, example)
 
 
 def difference(want: list[Tensor], have: list[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Makes docs/performance.md of the figures that the benchmarks left in docs/performance/.
+"""Makes docs/performance.md of the benchmarks' figures in docs/performance/, and docs/networks.md of the zoo's.
 
 python tests/bench/performance.py
 """
@@ -12,12 +12,18 @@ from results import Cell, shown
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, FIGURES = DOCS / "performance.md", DOCS / "performance"
+NETWORKS, ZOO = DOCS / "networks.md", DOCS / "networks.json"
 KEYS = ("title", "about", "command", "machine", "versions", "day", "headlines", "tables")
 HEAD = """# Performance
 
 What netslim costs and saves, each figure beside what it is compared with. This page is made by
 `tests/bench/performance.py` of the figures in `docs/performance/`; `make bench` measures them again. What is compared
 takes turns, so that a busy machine slows all alike; figures are medians."""
+
+NETWORKS_HEAD = """# Networks
+
+What netslim makes of the networks that people have, by itself: no network is named in its code. The page is made by
+`tests/bench/performance.py` of the figures that `make zoo` leaves."""
 
 
 def read_figures(file: Path) -> dict[str, Any]:
@@ -42,6 +48,13 @@ def make_page(files: Iterable[Path]) -> str:
     return "\n\n".join([HEAD, top, *(section(name, found) for name, found in figures.items())]) + "\n"
 
 
+def make_networks_page(file: Path) -> str:
+    """The text of the page of networks: what all came to, then a line for each."""
+    found = read_figures(file)
+    counts = as_markdown(["of all", "figure"], [[each["name"], shown(each["value"])] for each in found["headlines"]])
+    return f"{NETWORKS_HEAD}\n\n{counts}\n\n{section(file.stem, found)}\n"
+
+
 def headlines(found: dict[str, Any]) -> str:
     return "<br>".join(f"{each['name']}: **{shown(each['value'])}**" for each in found["headlines"])
 
@@ -63,7 +76,8 @@ def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def main() -> None:
     files = list(FIGURES.glob("*.json"))
     PAGE.write_text(make_page(files), encoding="utf-8")
-    print(f"{PAGE}: {len(files)} benchmarks")
+    NETWORKS.write_text(make_networks_page(ZOO), encoding="utf-8")
+    print(f"{PAGE}: {len(files)} benchmarks; {NETWORKS}")
 
 
 if __name__ == "__main__":
