@@ -70,5 +70,5 @@ def test_every_file_of_timm_and_every_task_of_torchvision_is_cut_exactly_trains_
                 if "no BatchNorm" not in str(error):
                     failures[f"{network.name}, {coupling}"] = error
             print(f"{network.name:<40} {coupling:<7} {found}", flush=True)
-    assert len(networks) >= 90
+    assert len(networks) >= 86
     assert not failures

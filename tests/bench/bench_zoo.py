@@ -28,7 +28,7 @@ from results import Cell, Results, new_parser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the tests have the same networks
 
-from zoo_exact import RATIO, TOLERANCE, called, measured, num_params
+from zoo_exact import RATIO, SINGLE, TOLERANCE, called, is_exact, measured, num_params
 from zoo_networks import TORCHVISION, Network, network_of, smallest, timm_files
 
 COUPLINGS = ("group", "select")
@@ -42,10 +42,10 @@ FEW = 0.1
 ABOUT = f"""Of every file of timm the smallest network that has a BatchNorm, at its own size of images, and
 torchvision's networks for other tasks than classification, detectors with their losses; random weights, {RATIO:.0%} of
 the removable channels by one threshold. A cut is exact if its outputs equal those of the whole network with the removed
-gammas and betas at zero, in eval and in training mode, to {TOLERANCE:g} in float64; then it is trained for a step, and
-saved and loaded, bit for bit. Torch-Pruning prunes by BNScalePruner, the same ratio by one threshold, and has worked if
-the network runs afterwards and its outputs have the shapes that they had; it has {PEER_SECONDS} seconds. Seconds are
-the processor's, on one thread."""
+gammas and betas at zero, in eval and in training mode, to {TOLERANCE:g} in float64, or {SINGLE:g} where it runs in
+float32 alone; then it is trained for a step, and saved and loaded, bit for bit. Torch-Pruning prunes by BNScalePruner,
+the same ratio by one threshold, and has worked if the network runs afterwards and its outputs have the shapes that they
+had; it has {PEER_SECONDS} seconds. Seconds are the processor's, on one thread."""
 
 Found = dict[str, Any]
 
@@ -169,10 +169,6 @@ def _child(pipe: Connection, limit: float, work: Callable[[Found], object]) -> N
     os._exit(0)
 
 
-def exact(found: Found) -> bool:
-    return found.get("eval", 1) <= TOLERANCE and found.get("training", 1) <= TOLERANCE
-
-
 def line(row: Found) -> str:
     """A network, in one line for who waits."""
     if row["name"] is None:
@@ -202,7 +198,9 @@ def said(found: Found) -> str:
         return f"failed: {found.get('at', 'build')}"
     if "held" in found:
         return "nothing removable"
-    return "exact" if exact(found) else f"differs by {max(found['eval'], found['training']):.1g}"
+    if is_exact(found):
+        return "exact" + " in float32" * ("single" in found)
+    return f"differs by {max(found['eval'], found['training']):.1g}"
 
 
 def reason(row: Found) -> str:
@@ -216,6 +214,11 @@ def reason(row: Found) -> str:
     return kept.partition("; ")[0]
 
 
+def has_no_norm(row: Found) -> bool:
+    """Tell whether a network, or each of a file, has no BatchNorm."""
+    return row["name"] is None or "has no BatchNorm layer" in row["group"].get("error", "")
+
+
 def without_norms(without: list[str], failed: list[str]) -> str:
     """Say which files are not in the table."""
     said = f" Without BatchNorm: {', '.join(without)}." if without else ""
@@ -223,11 +226,9 @@ def without_norms(without: list[str], failed: list[str]) -> str:
 
 
 def report(rows: list[Found], file: Path | None) -> None:
-    failed, without = (
-        [row["of"] for row in rows if row["name"] is None and ("failed" in row) is is_failed]
-        for is_failed in (True, False)
-    )
-    rows = [row for row in rows if row["name"] is not None]
+    failed = [row["of"] for row in rows if "failed" in row]
+    without = [row["of"] for row in rows if row["of"] not in failed and has_no_norm(row)]
+    rows = [row for row in rows if row["of"] not in (*failed, *without)]
     results = Results("Networks of timm and torchvision", ABOUT)
     table: list[list[Cell]] = []
     for row in rows:
@@ -266,8 +267,8 @@ def report(rows: list[Found], file: Path | None) -> None:
         counts = {
             "mapped": sum("map" in found for found in each),
             "cut": sum("cut" in found for found in each),
-            "exact in both modes": sum(map(exact, each)),
-            "trained, saved and loaded too": sum(exact(found) and found.get("at") == "done" for found in each),
+            "exact in both modes": sum(map(is_exact, each)),
+            "trained, saved and loaded too": sum(is_exact(found) and found.get("at") == "done" for found in each),
             f"more than {FEW:.0%} of the parameters gone": sum(found.get("gone", 0) > FEW for found in each),
         }
         for what, count in counts.items():
