@@ -319,7 +319,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, shell: Shell) 
             exec(compile(block.text.replace(*SMALLER), str(block), "exec"), names)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_script_of_a_loop_of_ones_own_slims_digits(num_processes: int, shell: Shell) -> None:
     script = Path("slim_digits.py")
     command = [sys.executable, script]

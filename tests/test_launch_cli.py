@@ -280,7 +280,11 @@ def test_a_mistake_in_the_command_is_one_line(
     ("num_processes", "left"),
     [
         (1, {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}),
-        (2, {"PMI_RANK": "1", "PMI_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "x"}),
+        pytest.param(
+            2,
+            {"PMI_RANK": "1", "PMI_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "x"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_another_launcher_left_in_the_environment_is_ignored_with_one_line(
