@@ -154,9 +154,9 @@ def find_stage(run: Path, ratio: float | None) -> Path:
         raise FileNotFoundError(
             f"there is no run at {run}; name a run directory, as runs/digits, or a stage in it; {known_runs(run)}"
         )
-    stages = _finished(run)
     if ratio == 0 and is_complete(SPARSE.directory(run)):
         return SPARSE.directory(run)
+    stages = _finished(run)
     if not stages:
         raise FileNotFoundError(f"{run} holds no finished slim model; run `{_command(run)}` first")
     have = ", ".join(str(have) for have in stages)
@@ -199,11 +199,14 @@ def read_slimmed(stage: Path) -> Slimmed:
     build = partial(build_model, config.model.anew, origin.num_classes, config.seed)
     sparse = SPARSE.directory(stage.absolute().parent)
     size = config.data.size
+    small = load(stage, build).eval()
+    # what was not cut is the dense one
+    dense = small if plan is None else (load(sparse, build) if is_complete(sparse) else build()).eval()
     return Slimmed(
-        small=load(stage, build).eval(),
+        small=small,
         plan=plan,
         origin=origin,
-        dense=(load(sparse, build) if is_complete(sparse) else build()).eval(),
+        dense=dense,
         images=torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)),
     )
 

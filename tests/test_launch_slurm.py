@@ -39,14 +39,8 @@ def flags(data_cache: Path) -> list[object]:
     return [*TWO_NODES, *SHORT, *ONE_RATIO, "--data.cache", data_cache, "--record.wandb", "offline"]
 
 
-def test_a_job_on_two_nodes_that_is_told_to_save_is_requeued_and_ends_as_an_undisturbed_run_bit_for_bit(
-    cluster: Cluster, flags: list[object], whole_run: Path, tmp_path: Path
-) -> None:
-    directory = tmp_path / "run"
-    job = submit(cluster, directory, *flags)
-    # early: what it does then takes seconds, and it is told for good
-    assert wait_until(lambda: "sparse: " in log_of(directory, job), 600), log_of(directory, job)
-    cluster.call("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time limit
+def assert_goes_on(cluster: Cluster, directory: Path, job: str) -> None:
+    """A job that saved is back in the queue, starts once more, and ends with its work done."""
     assert wait_until(lambda: cluster.jobs().get(job) in ("PENDING", None), 300)
     assert cluster.jobs().get(job) == "PENDING", log_of(directory, job)
     # SLURM would wait for two minutes: until the nodes have tidied up, and their clocks are past the first end
@@ -56,6 +50,17 @@ def test_a_job_on_two_nodes_that_is_told_to_save_is_requeued_and_ends_as_an_undi
     assert cluster.field(job, "Restarts") == "1"
     assert cluster.field(job, "JobState") == "COMPLETED", f"{log_of(directory, job)}{cluster.logs()}"
     assert "sparse: goes on from the checkpoint after step" in log_of(directory, job)
+
+
+def test_a_job_on_two_nodes_that_is_told_to_save_is_requeued_and_ends_as_an_undisturbed_run_bit_for_bit(
+    cluster: Cluster, flags: list[object], whole_run: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    job = submit(cluster, directory, *flags)
+    # early: what it does then takes seconds, and it is told for good
+    assert wait_until(lambda: "sparse: " in log_of(directory, job), 600), log_of(directory, job)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time limit
+    assert_goes_on(cluster, directory, job)
     found = results(directory)
     assert (found["world_size"], found["loader"], found["device"]) == (2, "ffcv", "cpu")
     assert not (directory / "failed").exists()
@@ -73,14 +78,7 @@ def test_a_step_that_is_told_to_end_without_the_signal_before_is_requeued_and_go
     job = submit(cluster, directory, *short, "--record.wandb", "disabled")
     assert wait_until(lambda: "sparse: epoch 1/12" in log_of(directory, job), 600), log_of(directory, job)
     cluster.call("scancel", "--signal=TERM", f"{job}.0")
-    assert wait_until(lambda: cluster.jobs().get(job) in ("PENDING", None), 300)
-    assert cluster.jobs().get(job) == "PENDING", log_of(directory, job)
-    assert wait_until(lambda: cluster.has_left(job), 300)
-    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+5")
-    cluster.wait()
-    assert cluster.field(job, "Restarts") == "1"
-    assert cluster.field(job, "JobState") == "COMPLETED", f"{log_of(directory, job)}{cluster.logs()}"
-    assert "sparse: goes on from the checkpoint after step" in log_of(directory, job)
+    assert_goes_on(cluster, directory, job)
 
 
 def test_a_cancelled_job_leaves_no_process_and_hostile_names_run_nothing(

@@ -52,8 +52,7 @@ def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
 def prepared(config: DataConfig) -> DataInfo | None:
     """What is known of the data that `config` names, where it was written before; None where it was not."""
     try:
-        source = open_source(replace(config, download=False))
-        directory = _place(config, source, choose_loader(config), quiet=True)
+        directory, _ = stored(config, open_source(replace(config, download=False)))
         return read_info(directory)[0] if directory.is_dir() else None
     except (ValueError, OSError):  # the images may be gone
         return None

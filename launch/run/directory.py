@@ -53,7 +53,7 @@ def write_stage(
 ) -> dict[str, Any]:
     """Leave what a finished stage gives; returns the metrics with ``file_mb``, the weights' size in 10^6 bytes."""
     directory.mkdir(parents=True, exist_ok=True)
-    save(model, plan, directory, None if plan else origin)  # which a plan has
+    save(model, plan, directory, origin if plan is None else None)  # which a plan has
     about = {"classes": images.classes, "size": images.size, "mean": images.mean, "std": images.std}
     write_json(directory / INPUT, about)
     write_json(directory / "config.json", to_dict(config))

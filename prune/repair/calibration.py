@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
@@ -30,6 +30,10 @@ class Chunk:
     @property
     def is_held_out(self) -> bool:
         return self.number % HELD_OUT == HELD_OUT - 1
+
+
+See = Callable[[Tensor, Tensor, int], None]
+"""Sees what goes into a layer and comes out, and the number of the chunk."""
 
 
 class Show(Protocol):
@@ -81,6 +85,24 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def watch(model: nn.Module, calibration: Calibration, layers: Sequence[tuple[nn.Module, See]]) -> None:
+    """Run the network, in eval mode, on this rank's chunks; each layer's function sees what passes through it."""
+    number = 0
+
+    def hook_of(see: See) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda _, inputs, output: see(inputs[0], output, number)
+
+    hooks = [layer.register_forward_hook(hook_of(see)) for layer, see in layers]
+    try:
+        with evaluating(model):
+            for chunk in calibration.read():
+                number = chunk.number
+                model(chunk.images)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from netslim.prune.map import CONSTANT, ChannelMap, Coupling, Ints, few
 from netslim.prune.record import Questions, recorded
-from netslim.prune.repair.calibration import Calibration, evaluating
+from netslim.prune.repair.calibration import Calibration, See, watch
 from netslim.prune.repair.foresight import WIDEST, is_wide
 from netslim.prune.repair.reconstruction import check_finite, not_finite, samples_of
 from netslim.prune.repair.ridge import Moments
@@ -190,23 +190,15 @@ def _wide(
     parts = [(group, some) for group, each in enumerate(own) for some in (whole, *each.values())]
     sums = torch.zeros(len(parts), 2, weight.shape[1], dtype=torch.float64, device=weight.device)
     count = sums.new_zeros(1)
-    number = 0
 
-    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = samples_of(layer, inputs[0], (output,), seed=number)[0]
+    def add(inputs: Tensor, output: Tensor, number: int) -> None:
+        x = samples_of(layer, inputs, (output,), seed=number)[0]
         for place, (group, some) in enumerate(parts):
             given = x[group][:, some].double() @ weight[group][:, some].mT
             sums[place] += torch.stack([given.sum(0), given.square().sum(0)])
         count.add_(x.shape[1])
 
-    hook = layer.register_forward_hook(add)
-    try:
-        with evaluating(model):
-            for chunk in calibration.read():
-                number = chunk.number
-                model(chunk.images)
-    finally:
-        hook.remove()
+    watch(model, calibration, [(layer, add)])
     flat = calibration.sum_over_ranks(torch.cat([sums.flatten(), count]))
     if not torch.isfinite(flat).all():
         raise not_finite(name)
@@ -236,27 +228,24 @@ def _input_moments(
     model: nn.Module, layers: Sequence[nn.Conv2d | nn.Linear], calibration: Calibration
 ) -> list[Moments]:
     """Take the second moments of what goes into each layer, over all images and ranks."""
-    found, hooks, chunk_number = [], [], 0
+    found, shown = [], list[tuple[nn.Module, See]]()
     for order, layer in enumerate(layers):
         moments = Moments.none(_groups(layer), layer.weight[0].numel(), 0, layer.weight.device)
         found.append(moments)
 
         def add(
-            layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, moments: Moments = moments, order: int = order
+            inputs: Tensor,
+            output: Tensor,
+            number: int,
+            layer: nn.Conv2d | nn.Linear = layer,
+            moments: Moments = moments,
+            order: int = order,
         ) -> None:
-            assert isinstance(layer, nn.Conv2d | nn.Linear), "asked before"
-            (x, y) = samples_of(layer, inputs[0], (output,), seed=(order << 32) + chunk_number)
+            (x, y) = samples_of(layer, inputs, (output,), seed=(order << 32) + number)
             moments.add(x, y[:, :, :0])
 
-        hooks.append(layer.register_forward_hook(add))
-    try:
-        with evaluating(model):
-            for chunk in calibration.read():
-                chunk_number = chunk.number
-                model(chunk.images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        shown.append((layer, add))
+    watch(model, calibration, shown)
     return [moments.over(calibration.sum_over_ranks) for moments in found]
 
 
