@@ -20,8 +20,8 @@ READY_BENCH := $(VENV)/.ready-bench
 # System packages, as PROGRAM:PACKAGE, without which some tests are skipped; `make test TEST_TOOLS=` leaves them alone.
 TEST_TOOLS ?= slurmctld:slurm-wlm munged:munge shellcheck:shellcheck chromium:chromium
 
-# Processes that run tests.
-WORKERS ?= 2
+# Processes that run tests: more than cores, since many tests wait for processes, clusters and time-outs.
+WORKERS ?= 3
 
 # A benchmark's figures, of which docs/performance.md is made; those of a GPU and of all networks have words of their own.
 FIGURES := $(patsubst tests/bench/%.py,docs/performance/%.json,\
@@ -36,7 +36,7 @@ FLAGS_bench_end_to_end = $(if $(ROOT),--root $(ROOT) --model vgg19 --epochs 8 --
 demo: $(READY)
 	$(BIN)/netslim run digits
 
-# Two workers, whatever the machine: many tests start processes themselves, and each worker has a set-up of its own.
+# So many workers, whatever the machine: many tests start processes themselves, and each worker has a set-up of its own.
 # Files in their order: by their numbers of tests, those whose few tests take longest would come last.
 test: $(READY_TEST)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder

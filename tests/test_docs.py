@@ -1,9 +1,10 @@
 """The pages can be trusted: their commands are carried out, and links, paths, flags and cited figures are right.
 
 A command in a fenced block is picked up by itself. It is carried out in this process, in a directory of the block's
-own and after the lines before it, shortened by `SHORT`: a few small images in the place of a data root that is not
-here, one epoch, a small network, one process. What is not run is in `INSTEAD`, with the reason and with what is looked
-at instead; a command that is in neither fails. Python blocks are run too, with the names of `prelude`.
+own, whose name has a space and an umlaut, and after the lines before it, shortened by `SHORT`: a few small images in
+the place of a data root that is not here, one epoch, a small network, one process. What is not run is in `INSTEAD`,
+with the reason and with what is looked at instead; a command that is in neither fails. Python blocks are run too, with
+the names of `prelude`.
 """
 
 import configparser
@@ -227,6 +228,8 @@ INSTEAD: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 }
 """By the words that a command begins with: why it is not run here, and what is looked at instead."""
 
+AWKWARD = "Jörgs Netze"
+"""The name of the folder that commands are carried out in, and of the home directory."""
 BLOCKS = [block for page in PAGES for block in blocks_of(page, page.read_text(encoding="utf-8"))]
 SBATCH = '#!/bin/bash\nbash -n "${@: -1}" || exit 1\necho $$\n'
 """A stand-in that wants a script which a shell can read, and says a number."""
@@ -235,7 +238,8 @@ SBATCH = '#!/bin/bash\nbash -n "${@: -1}" || exit 1\necho $$\n'
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's directory: images in two classes, some of SLURM's programs, and the runs that blocks share."""
-    directory = tmp_path_factory.mktemp("home")
+    directory = tmp_path_factory.mktemp("home") / AWKWARD
+    directory.mkdir()
     generator = np.random.default_rng(0)
     for split, count in (("train", 16), ("test", 8)):
         for name in ("cat", "dog"):
@@ -254,11 +258,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shell(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
     """A new directory, with the files that blocks of the pages are the text of."""
+    directory = tmp_path / AWKWARD
+    directory.mkdir()
     for block in BLOCKS:
         if block.file:
-            (tmp_path / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / block.file).write_text(block.text)
-    monkeypatch.chdir(tmp_path)
+            (directory / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (directory / block.file).write_text(block.text)
+    monkeypatch.chdir(directory)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")

@@ -135,6 +135,7 @@ def test_bf16_accumulation_clipping_proximal_steps_and_the_torch_loader_run_toge
 ) -> None:
     choices = ["--engine.precision", "bf16", "--engine.accumulation", 2, "--sparsify.clip", 1, "--finetune.clip", 1]
     choices += ["--sparsity.method", "proximal", "--data.loader", "torch", "--data.num-workers", 0]
+    choices += ["--repair.steps", "recalibrate", "--repair.images", 256]
     done = call(SCRIPT, "run", "digits", "--run-dir", tmp_path / "run", *flags, *choices)
     assert done.returncode == 0, done.stderr
     values = results(tmp_path / "run")

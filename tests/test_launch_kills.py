@@ -96,7 +96,7 @@ def kill_and_finish(
     ("rank", "after"),
     [
         (0, "prune-0.50/metrics.json"),
-        (1, "finetune-0.50/checkpoints/step-00000005/manifest.json"),
+        pytest.param(1, "finetune-0.50/checkpoints/step-00000005/manifest.json", marks=pytest.mark.slow),
         pytest.param(0, "sparse/checkpoints/step-00000010/manifest.json", marks=pytest.mark.slow),
         pytest.param(1, "repair-0.50/metrics.json", marks=pytest.mark.slow),
     ],

@@ -308,7 +308,12 @@ def test_a_run_directory_that_is_read_only_is_refused_before_training(
 
 
 @pytest.mark.parametrize(
-    ("command", "directory"), [("prune", "prune-0.50"), ("repair", "repair-0.50"), ("finetune", "finetune-0.50")]
+    ("command", "directory"),
+    [
+        ("repair", "repair-0.50"),
+        pytest.param("prune", "prune-0.50", marks=pytest.mark.slow),
+        pytest.param("finetune", "finetune-0.50", marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_fills_up_between_two_stages_costs_only_the_second(
     command: Command,

@@ -110,17 +110,17 @@ def processes_of(directory: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sweep(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Path:
-    """A sweep of two lambdas and two ratios, one member of which cannot write what it has pruned."""
+    """A sweep of two ratios, one member of which cannot write what it has pruned."""
     directory = tmp_path_factory.mktemp("sweep") / "sweep"
     obstacle = directory / "lambda-0_seed-0_ratio-0.90" / "prune-0.90"
     obstacle.parent.mkdir(parents=True)
     obstacle.touch()
-    grid = ["--weights", "0", "1e-2", "--ratios", "0.5", "0.9", "--limit", 2]
+    grid = ["--weights", "0", "--ratios", "0.5", "0.9", "--limit", 2]
     run = [*SHORT[:-3], "--sparsify.epochs", 1, *QUICK, "--data.cache", data_cache, "--record.wandb", "disabled"]
     cluster.call(SCRIPT, "sweep", "digits", "--run-dir", directory, *grid, *run, "--slurm", "--processes-per-node", 1)
     queue = cluster.jobs()
     waiting = [job for job, state in queue.items() if state == "PENDING"]
-    assert len(waiting) >= 4 + 1, queue
+    assert len(waiting) >= 2 + 1, queue
     cluster.wait()
     obstacle.unlink()
     return directory
@@ -139,9 +139,9 @@ def test_a_sweep_trains_each_sparse_model_once_then_prunes_it_and_compares_what_
     cluster: Cluster, sweep: Path
 ) -> None:
     found = states(cluster, sweep)
-    assert [state for name, state in found.items() if name != "lambda-0_seed-0_ratio-0.90"] == ["done"] * 5
+    assert [state for name, state in found.items() if name != "lambda-0_seed-0_ratio-0.90"] == ["done"] * 2
     assert found["lambda-0_seed-0_ratio-0.90"] == "failed:"
-    assert logs(sweep, "sparse-*.log").count("sparse: epoch 1/1") == 2
+    assert logs(sweep, "sparse-*.log").count("sparse: epoch 1/1") == 1
     assert "sparse: epoch" not in logs(sweep, "slim-*.log")
     table = logs(sweep, "compare-*.log")
     assert re.search(r"lambda-0_seed-0_ratio-0\.90 .*failed", table), table
