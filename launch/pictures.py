@@ -14,6 +14,8 @@ from torch import Tensor
 
 _CUT, _REPAIRED, _SPARSE = "#b0413e", "#2364aa", "#444444"
 _LEFT, _GONE, _LINE = "#2364aa", "#cccccc", "#b0413e"
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 3.6}
+"""A legend below the label of an axis, however high the picture: the pad is in heights of the font."""
 
 
 def draw_channels(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -65,7 +67,7 @@ def _draw_ratios(axes: Axes, found: dict[str, Any], best: float | None) -> None:
     axes.set(xlabel="ratio of channels removed", ylabel="accuracy, %", title="Accuracy right after pruning")
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes.legend(**_BELOW)  # in one column: two are wider than the picture
 
 
 def _draw_gammas(figure: Figure, axes: Axes, layers: Sequence[dict[str, Any]], threshold: float, ratio: float) -> None:
@@ -77,7 +79,7 @@ def _draw_gammas(figure: Figure, axes: Axes, layers: Sequence[dict[str, Any]], t
     axes.axvline(threshold, color="white", linestyle="--", label=f"threshold of ratio {ratio:g}")
     axes.set_yticks(range(len(layers)), [row["layer"] for row in layers], fontsize=8)
     axes.set(xlabel="|gamma|", title="Where the scales of each BatchNorm lie")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), facecolor="black", labelcolor="white")
+    axes.legend(**_BELOW, facecolor="black", labelcolor="white")
     figure.colorbar(image, ax=axes, label="share of the layer's channels, %")
 
 

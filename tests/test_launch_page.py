@@ -14,6 +14,7 @@ from test_launch_compare import HOSTILE, Compare, Run, compare, make_run, sweep
 from netslim.launch.compare.charts import INK, PAPER, SERIES
 from netslim.launch.compare.choice import judge
 from netslim.launch.compare.curves import read_drawn, read_epochs, read_gammas
+from netslim.launch.compare.drawing import named_together
 from netslim.launch.compare.entries import gather
 
 __all__ = ["compare", "make_run", "sweep"]  # fixtures
@@ -134,6 +135,12 @@ def test_the_stages_of_each_network_and_its_milliseconds_are_drawn(page: Path) -
     assert "accuracy, % (stretched towards 100)" in text
     assert "solid: ratio 0.3, dashed: ratio 0.5, dotted: ratio 0.8" in text
     assert ">features.1</text>" in text  # a layer's name under its bar
+
+
+def test_ratios_whose_thresholds_lie_close_are_named_together() -> None:
+    lambdas = [(0.7, 0.013), (0.3, 0.0), (0.5, 0.001), (0.9, 0.5), (0.7, 0.011)]
+    assert named_together(lambdas, near=0.08) == [(0.013, ["0.3", "0.5", "0.7"]), (0.5, ["0.9"])]
+    assert named_together(lambdas, near=1e-4) == [(0.0, ["0.3"]), (0.001, ["0.5"]), (0.013, ["0.7"]), (0.5, ["0.9"])]
 
 
 def test_gammas_are_of_every_batchnorm_and_epochs_those_that_are_written_in_full(make_run: Run) -> None:

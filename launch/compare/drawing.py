@@ -30,6 +30,8 @@ _MOST_CUTS = 9
 _MOST_NAMES = 24
 """Layers that are named on an axis."""
 _LONGEST_NAME = 16
+_MOST_RATIOS = 12
+"""As many as can be written side by side along an axis."""
 _STAGES: dict[StageName, str] = {"sparse": "sparse", "cut": "cut", "repaired": "repaired", "finetuned": "fine-tuned"}
 
 
@@ -188,8 +190,8 @@ class _Figures(Pen):
             ]
             chart.marks.append((f"lambda {weight:g}", points))
         scale_log(axes, "y")
-        self.draw_thresholds(chart)
         axes.set(xlabel="|gamma|", ylabel="share of gammas, % (log scale)", xlim=(0, edges[-1]))
+        self.draw_thresholds(chart)
         return [chart]
 
     def draw_thresholds(self, chart: Chart) -> None:
@@ -203,12 +205,10 @@ class _Figures(Pen):
                 chart.axes.axvline(threshold, color=color, linestyle=":", linewidth=1.2)
             text = f"|gamma| <= {threshold:.4g} goes\nratio {entry.ratio:g}, lambda {entry.weight:g}"
             chart.marks.append((f"threshold of {printable(entry.run)}", [(threshold, low, text)]))
-        for ratio in self.ratios:
-            places = [threshold for entry, threshold in self.drawn.thresholds if entry.ratio == ratio]
-            if places:
-                chart.axes.annotate(
-                    f"{ratio:g}", (max(places), low), (6, 3), textcoords="offset points", fontsize=9, zorder=5
-                )
+        thresholds = [(entry.ratio or 0.0, threshold) for entry, threshold in self.drawn.thresholds]
+        for place, ratios in named_together(thresholds, near=chart.axes.get_xlim()[1] / _MOST_RATIOS):
+            text = ", ".join(ratios) if len(ratios) <= 3 else f"{ratios[0]} to {ratios[-1]}"
+            chart.axes.annotate(text, (place, low), (6, 3), textcoords="offset points", fontsize=9, zorder=5)
         chart.axes.set_ylim(bottom=low / 1.6)
 
     def layers(self) -> list[Chart]:
@@ -249,6 +249,16 @@ class _Figures(Pen):
         for place, (name, before, after) in zip(places, cut.layers, strict=True):
             chart.marks.append((printable(name), [(float(place), float(after), f"{after} of {before} channels stay")]))
         return chart
+
+
+def named_together(thresholds: Sequence[tuple[float, float]], near: float) -> list[tuple[float, list[str]]]:
+    """Name ratios, (ratio, threshold) each, where the highest thresholds lie; with less than ``near`` each, as one."""
+    found: list[tuple[float, list[str]]] = []
+    highest = {ratio: max(place for each, place in thresholds if each == ratio) for ratio, _ in thresholds}
+    for place, ratio in sorted((place, ratio) for ratio, place in highest.items()):
+        together = found.pop()[1] if found and place - found[-1][0] < near * len(found[-1][1]) else []
+        found.append((place, [*together, f"{ratio:g}"]))
+    return found
 
 
 def _shortened(name: str) -> str:
