@@ -8,7 +8,8 @@ from netslim.data.batches import (
     open_calibration,
     open_loaders,
 )
-from netslim.data.sources import DataConfig, Source, open_source
+from netslim.data.sources import DataConfig, open_source
+from netslim.data.splits import Source
 from netslim.data.store import DataInfo, prepare, prepared, stored
 
 __all__ = [

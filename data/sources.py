@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Interval
@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from netslim.base import exclusive, plainly
 from netslim.data import folder
 from netslim.data.pixels import Fit, Reading, Seen, square
+from netslim.data.splits import Source
 
 SourceName = Literal["digits", "cifar10", "cifar100", "folder"]
 
@@ -82,29 +83,6 @@ class DataConfig:
         return Reading(self.size, self.fit, self.upright, self.white)
 
 
-class Split(Protocol):
-    """Images by index: `(size, size, 3)` uint8 and a label in [0, number of classes)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[NDArray[np.uint8], int]: ...
-
-    def read(self, index: int, /) -> tuple[NDArray[np.uint8], int, Seen]:
-        """The same, and what the image was like."""
-
-
-@plain_dataclass(frozen=True)
-class Source:
-    """An image set; the fingerprint changes when its content does."""
-
-    train: Split
-    test: Split
-    classes: tuple[str, ...]
-    fingerprint: str
-    notes: tuple[str, ...] = ()
-    """What of it was left out, in a line each."""
-
-
 @plain_dataclass(frozen=True)
 class ArraySplit:
     """Images held in memory, `(n, height, width)` grey or `(n, height, width, 3)`, enlarged when asked for."""
@@ -161,8 +139,7 @@ def _digits(reading: Reading) -> Source:
 def _folder(config: DataConfig) -> Source:
     if config.root is None:
         raise ValueError("source folder needs the folder of the images; add --data.root DIR")
-    found = folder.scan(config.root, config.reading)
-    return Source(found.train, found.test, found.classes, found.fingerprint, found.notes)
+    return folder.scan(config.root, config.reading)
 
 
 def _cifar(config: DataConfig) -> Source:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from netslim.base import exclusive, flush
 from netslim.data.pixels import Reading, UnreadableError
-from netslim.data.sources import DataConfig, Source, Split, open_source
+from netslim.data.sources import DataConfig, open_source
+from netslim.data.splits import Source, Split
 from netslim.data.store.findings import Findings
 from netslim.data.store.info import SPLITS, DataInfo, LoaderName, read_info, sha256, verify
 from netslim.data.store.older import RULES, choose_place
