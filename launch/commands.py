@@ -1,6 +1,5 @@
 """What each command of ``netslim`` does: checks everything that can be checked, then starts the processes."""
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,6 +10,7 @@ from netslim.launch.config import RunConfig, run_directory, to_yaml
 from netslim.launch.export import export_run
 from netslim.launch.help import DRY_RUN
 from netslim.launch.inspect import foresee, inspect_run
+from netslim.launch.mistakes import warn
 from netslim.launch.presets import read_preset
 from netslim.launch.recipe import COMMANDS_VARIABLE
 from netslim.launch.run import (
@@ -83,7 +83,7 @@ def write_data(config: RunConfig) -> int:
     """Write the images of a configuration where they are not written yet."""
     info = prepare(config.data, quiet=False)
     for note in info.notes:
-        print(f"netslim: warning: {note}", file=sys.stderr)
+        warn(note)
     where = info.directory or f"nothing to write: loader {info.loader} reads the images themselves"
     print(f"{info.num_train} training and {info.num_test} test images of {len(info.classes)} classes: {where}")
     return 0

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import reprlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 
 from netslim.launch.config import ADAPTER, RunConfig, field_names, to_dict, with_tuples
 from netslim.launch.help import HELP, HELP_ALL, short_help
-from netslim.launch.mistakes import LAUNCHER_VARIABLE
+from netslim.launch.mistakes import LAUNCHER_VARIABLE, warn
 from netslim.train import RecordConfig
 from netslim.train.record import OF_ENVIRONMENT
 
@@ -89,11 +88,9 @@ def recorded_as(before: RecordConfig, config: RunConfig, directory: Path, argume
     odd = [name for name, value in kept.items() if value != getattr(config.record, name)]
     # once: by rank 0, where no command of ours has said so already
     if odd and os.environ.get("RANK", "0") == "0" and LAUNCHER_VARIABLE not in os.environ:
-        print(
-            f"netslim: warning: {directory} goes on in W&B as it began, with "
-            f"{', '.join(f'record.{name} {_SHORT.repr(kept[name])}' for name in odd)}; give a flag for another",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"{directory} goes on in W&B as it began, with "
+            f"{', '.join(f'record.{name} {_SHORT.repr(kept[name])}' for name in odd)}; give a flag for another"
         )
     return dataclasses.replace(config, record=dataclasses.replace(config.record, **kept))
 

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from netslim.launch.config import RunConfig
-from netslim.launch.mistakes import LAUNCHER_VARIABLE, MISTAKE, PREEMPTED
+from netslim.launch.mistakes import LAUNCHER_VARIABLE, MISTAKE, PREEMPTED, warn
 from netslim.train import LostRankError, check_devices, num_gpus
 
 _OF_A_GROUP = re.compile(
@@ -130,11 +130,7 @@ def warn_of_missing_processes() -> None:
         if started == 1
         else "each machine gets its whole share: give a multiple of the number of machines"
     )
-    print(
-        f"netslim: warning: accelerate launch was asked for {asked} processes and started {started}; {remedy}",
-        file=sys.stderr,
-        flush=True,
-    )
+    warn(f"accelerate launch was asked for {asked} processes and started {started}; {remedy}")
 
 
 def _processes_asked_for() -> int | None:
@@ -180,11 +176,9 @@ def ignore_other_launchers() -> None:
         return
     for name in found:
         del os.environ[name]
-    print(
-        f"netslim: warning: ignores {', '.join(found)} of the environment, since it starts its processes itself; "
-        "under a launcher use python -m netslim.launch.recipe",
-        file=sys.stderr,
-        flush=True,
+    warn(
+        f"ignores {', '.join(found)} of the environment, since it starts its processes itself; "
+        "under a launcher use python -m netslim.launch.recipe"
     )
 
 
