@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest

@@ -206,7 +206,7 @@ def _write_page(
 
 
 def _save_workspace(found: Gathered, paths: Sequence[Path]) -> str:
-    from netslim.launch.compare.workspace import save_workspace  # here: it imports W&B
+    from netslim.launch.compare.workspace import MOST_RUNS, save_workspace  # here: it imports W&B
 
     homes = {(config.record.project, config.record.entity) for _, config in found.configs}
     if len(homes) != 1:
@@ -218,4 +218,7 @@ def _save_workspace(found: Gathered, paths: Sequence[Path]) -> str:
     groups = list(dict.fromkeys(config.record.group or name for name, config in found.configs))
     names = [path.resolve().name for path in paths]
     more = f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES)
+    num_stages = len(found.sparse) + sum(len(entry.accuracy.keys() - {"sparse"}) for entry in found.entries)
+    if num_stages > MOST_RUNS:
+        warn(f"of {num_stages} stages the panels of the workspace show {MOST_RUNS}, unless its settings say more")
     return save_workspace(project, entity, groups, f"netslim {', '.join(names[:_MOST_NAMES])}{more}")

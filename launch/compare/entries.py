@@ -144,9 +144,7 @@ def _places(path: Path) -> Iterator[_Place]:
         sweep = Sweep.read(path)
         for member in sweep.members:
             why = sweep.why_failed(member)
-            yield _Place(
-                path=path / member.name, name=member.name, why_failed=why, is_of_sweep=True, **vars(member)
-            )
+            yield _Place(path=path / member.name, name=member.name, why_failed=why, is_of_sweep=True, **vars(member))
     elif any((path / name).is_file() for name in ("config.json", RESULTS)):
         yield _Place(path=path, name=path.resolve().name, why_failed=why_failed(path))
     else:
