@@ -29,7 +29,7 @@ class Training:
     says: str = ""
     """Said before it begins."""
     warns: Sequence[str] = ()
-    """Warnings to be said with it."""
+    """Warnings to be said then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +89,8 @@ def _train(job: Job, stage: Stage, made: Made, training: Training, record: Recor
     saver.check_room(made.model)
     if training.says:
         record.say(training.says)
-        for line in training.warns:
-            record.say(line, warning=True)
+    for line in training.warns:
+        record.say(line, warning=True)
     metrics = fit(
         made.model,
         job.loaders.train,

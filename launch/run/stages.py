@@ -41,8 +41,11 @@ def sparsify(job: Job, stage: Stage) -> Made:
         example = job.run.on_main(lambda: job.test_images(2).cpu()).to(job.run.device)
         most = _most_in_flight(config.prune, stage.turn)
         slimming = InFlight(dense, model, plan, channels, rules, config.sparsity, job.run, example, most)
-    says = "; ".join([*start, channels.summary(rules.coupling)])
-    warns = cautions(dense, channels, rules.coupling)
+    says, warns = channels.summary(rules.coupling), cautions(dense, channels, rules.coupling)
+    if config.model.weights is not None:
+        says = "; ".join([*start, says])
+    else:
+        warns = [*start, *warns]
     if stage.turn.number == 1:
         warns = [*job.loaders.info.notes, *warns, *_foreseen(job, dense)]
     training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says, warns=warns)
@@ -150,6 +153,7 @@ def finetune(job: Job, stage: Stage) -> Made:
     """Train the small network without the penalty, from one of the starts."""
     (source,) = stage.sources(job.config)
     small, plan = job.read(source), job.read_plan(source)
-    if stage.kind is Kind.SCRATCH:
-        initialise(small, job.config.model, job.config.seed)
-    return Made(model=small, plan=plan, training=Training(config=job.config.finetune))
+    kept = initialise(small, job.config.model, job.config.seed) if stage.kind is Kind.SCRATCH else []
+    what = f"{len(kept)} parameters are not new, since no module around them says how they begin: {', '.join(kept[:3])}"
+    warns = [what + ", ..." * (len(kept) > 3)] if kept else []
+    return Made(model=small, plan=plan, training=Training(config=job.config.finetune, warns=warns))
