@@ -78,6 +78,16 @@ class DataConfig:
             raise ValueError(f"pad {self.pad} moves images of size {self.size} out of sight; try {self.size // 8}")
 
     @property
+    def unread(self) -> dict[str, str]:
+        """The fields that nothing reads beside the others, and why."""
+        of_folders = ("upright", "white") if self.source != "folder" else ()
+        of_files = {"digits": ("root", "download"), "folder": ("download",)}.get(self.source, ())
+        of_loader = {"torch": ("quality",), "device": ("quality", "num_workers")}.get(self.loader, ())
+        return dict.fromkeys((*of_folders, *of_files), f"source is {self.source}") | dict.fromkeys(
+            of_loader, f"loader is {self.loader}"
+        )
+
+    @property
     def reading(self) -> Reading:
         """How an image becomes a square of pixels."""
         return Reading(self.size, self.fit, self.upright, self.white)

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 from test_launch_cli import Netslim
 
+from netslim.launch.batch import Shape, SlurmConfig
+from netslim.launch.batch.submit import of_job
+from netslim.launch.config import RunConfig, field_names, unread_fields
+from netslim.launch.mistakes import LAUNCHER_VARIABLE
+from netslim.launch.presets import digits, read_preset
 from netslim.launch.run.directory import occupied
+from netslim.launch.run.processes import of_launcher
 
 
 def warnings_of(said: str) -> list[str]:
@@ -39,3 +45,61 @@ def test_a_sweep_says_that_it_takes_no_wandb_run_id_here_and_as_jobs(
     code, said = netslim("sweep", "digits", "--run-dir", tmp_path / "sweep", "--slurm", "--dry-run")
     assert code == 0
     assert warnings_of(said) == ["ignores WANDB_RUN_ID: it names one run, and a sweep has many"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--data.white", "4095", "--data.no-upright"], ["data.upright", "data.white", "data.source is digits"]),
+        (["--data.quality", "80", "--data.loader", "torch"], ["data.quality (data.loader is torch)"]),
+        (["--sparsify.milestones", "0.6"], ["sparsify.milestones (sparsify.schedule is onecycle)"]),
+        (["--finetune.decay", "weights", "--finetune.weight-decay", "0"], ["finetune.decay"]),
+        (["--sparsity.reconfigure-below", "1e-3"], ["sparsity.reconfigure_below (sparsity.reconfigure_every is None)"]),
+        (["--prune.reduce", "sum", "--prune.coupling", "select"], ["prune.reduce (prune.coupling is select)"]),
+        (["--repair.steps", "--repair.no-auto", "--repair.images", "64"], ["repair.auto", "repair.images"]),
+        (["--engine.precision", "fp16", "--sparsify.skip-nonfinite", "3"], ["sparsify.skip_nonfinite"]),
+    ],
+)
+def test_a_field_that_nothing_reads_beside_the_others_is_named_once(
+    flags: list[str], told: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_preset("netslim run", "digits", flags)
+    (line,) = warnings_of(capfd.readouterr().err)
+    for part in ("nothing reads ", *told):
+        assert part in line
+    for name, value in (("RANK", "1"), (LAUNCHER_VARIABLE, "7")):  # which the first rank, or the command, has said
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            read_preset("netslim run", "digits", flags)
+        assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--data.source", "folder", "--data.white", "4095"],
+        ["--sparsify.schedule", "step", "--sparsify.milestones", "0.6"],
+        ["--sparsity.method", "proximal", "--sparsity.reconfigure-below", "1e-3"],
+        ["--repair.steps", "--repair.images", "64", "--prune.score", "reconstruction"],
+        ["--sparsify.schedule", "cosine", "--repair.steps"],  # of which the preset says the rest, not the user
+    ],
+)
+def test_a_field_that_is_read_or_that_nobody_has_set_is_no_matter(
+    flags: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = read_preset("netslim run", "digits", flags)
+    assert capfd.readouterr().err == ""
+    assert unread_fields(config).keys() <= {*field_names(config)}
+
+
+def test_what_a_launcher_or_a_job_says_otherwise_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(num_processes=2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert of_launcher(config)["num_processes"] == "the launcher started 4"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert of_launcher(config).keys() == of_launcher(RunConfig()).keys() == {"max_restarts"}
+    for gpus, told in (("2", {"max_restarts"}), ("a100:8", {"max_restarts", "num_processes"})):
+        assert of_job(config, Shape.of(SlurmConfig(gpus_per_node=gpus), config)).keys() == told
+    on_cpu = digits()
+    assert of_job(on_cpu, Shape.of(SlurmConfig(), on_cpu)).keys() == {"max_restarts"}

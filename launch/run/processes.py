@@ -119,6 +119,15 @@ def is_of_netslim() -> bool:
     return LAUNCHER_VARIABLE in os.environ
 
 
+def of_launcher(config: RunConfig) -> dict[str, str]:
+    """The fields that say to `netslim` what another launcher was told by its own flags, and how that differs."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    found = {"max_restarts": "the launcher has its own"}
+    if config.num_processes not in (None, started):
+        found["num_processes"] = f"the launcher started {started}"
+    return found
+
+
 def warn_of_missing_processes() -> None:
     """Say where `accelerate launch` started fewer processes than its flags or its file ask for, which it does not."""
     asked, started = _processes_asked_for(), int(os.environ.get("WORLD_SIZE", "1"))

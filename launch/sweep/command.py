@@ -11,10 +11,10 @@ from pydantic.dataclasses import dataclass
 
 from netslim.data import prepare
 from netslim.launch.batch import SlurmConfig, describe_flags, queued, split_flags
-from netslim.launch.config import RunConfig, differences, to_dict
+from netslim.launch.config import RunConfig, differences, to_dict, unread_fields
 from netslim.launch.mistakes import INTERRUPTED, PREEMPTED, warn
 from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
-from netslim.launch.reading import read_flags, recorded_as
+from netslim.launch.reading import read_flags, recorded_as, warn_of_unread
 from netslim.launch.run import METRICS, PREEMPTED_MARK, check_batch, check_network, count_processes, launch, read_row
 from netslim.launch.sweep.grid import INDEX, Member, Sweep
 from netslim.launch.sweep.jobs import submit_members
@@ -84,6 +84,7 @@ def new_sweep(preset: str, config: SweepConfig, flags: Sequence[str]) -> Sweep:
         return before
     if before is not None:
         base = recorded_as(before.base.record, base, directory, flags)
+    warn_of_unread(find_preset(preset)(), base, unread_fields(base))
     members = grid(config, base)
     if len(members) > _MANY and not config.yes:
         raise ValueError(f"the grid has {len(members):,} members; give --yes if that is meant")

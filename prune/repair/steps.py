@@ -41,6 +41,11 @@ class RepairConfig:
     images: Annotated[int, Field(ge=FEWEST)] = 2048
     """Training images to measure by, or all where there are fewer."""
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """The fields that nothing reads beside the others, and why."""
+        return {} if self.steps else dict.fromkeys(("auto", "balance"), "steps is empty")
+
 
 @dataclass(frozen=True)
 class Tried:
