@@ -69,7 +69,10 @@ def run_stages(preset: str, config: RunConfig, commands: Sequence[str], flags: S
     def at_work() -> str:
         return next((path.name for path in paths if not is_complete(path)), "the end")
 
-    if not all(is_complete(path) for path in paths):
+    done = [path.name for path in paths if is_complete(path)]
+    if done:
+        print(f"done already, {len(done)} of {len(paths)} stages: {', '.join(done)}", flush=True)
+    if len(done) < len(paths):
         prepare(config.data, quiet=False)
         work, environment = partial(run_recipe, commands=commands), {COMMANDS_VARIABLE: " ".join(commands)}
         code = start("netslim.launch.recipe", preset, flags, config, work, at_work, environment)

@@ -2,18 +2,21 @@
 
 import errno
 import fcntl
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from test_launch_cli import Netslim
 
 from netslim.launch.batch import Shape, SlurmConfig
 from netslim.launch.batch.submit import of_job
+from netslim.launch.cli import dispatch
 from netslim.launch.config import RunConfig, field_names, unread_fields
 from netslim.launch.mistakes import LAUNCHER_VARIABLE
 from netslim.launch.presets import digits, read_preset
 from netslim.launch.run.directory import occupied
-from netslim.launch.run.processes import of_launcher
+from netslim.launch.run.processes import count_processes, of_launcher, warn_of_cpu
 
 
 def warnings_of(said: str) -> list[str]:
@@ -103,3 +106,25 @@ def test_what_a_launcher_or_a_job_says_otherwise_is_known(monkeypatch: pytest.Mo
         assert of_job(config, Shape.of(SlurmConfig(gpus_per_node=gpus), config)).keys() == told
     on_cpu = digits()
     assert of_job(on_cpu, Shape.of(SlurmConfig(), on_cpu)).keys() == {"max_restarts"}
+
+
+@pytest.mark.parametrize(("variable", "why"), [("y", "ACCELERATE_USE_CPU asks for that"), ("0", "torch finds no GPU")])
+def test_a_run_that_could_have_had_gpus_says_once_why_it_computes_on_the_cpu(
+    variable: str, why: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", variable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for config, lines in ((RunConfig(), [f"computes on the CPU: {why}; with --cpu that is meant"]), (digits(), [])):
+        warn_of_cpu.cache_clear()
+        for _ in range(2):
+            count_processes(config)
+        assert warnings_of(capfd.readouterr().err) == lines
+
+
+def test_stages_that_are_done_already_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    row = {"stage": "cut", "ratio": 0.5}
+    (tmp_path / "prune-0.50").mkdir()
+    (tmp_path / "prune-0.50" / "metrics.json").write_text(json.dumps(row))
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [row]}))
+    assert dispatch(["prune", "digits", "--run-dir", str(tmp_path), "--prune.ratio", "0.5"]) == 0
+    assert capfd.readouterr().out.splitlines()[0] == "done already, 1 of 1 stages: prune-0.50"

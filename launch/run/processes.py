@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from netslim.launch.config import RunConfig
 from netslim.launch.mistakes import LAUNCHER_VARIABLE, MISTAKE, PREEMPTED, warn
-from netslim.train import LostRankError, check_devices, num_gpus
+from netslim.train import LostRankError, asks_for_cpu, check_devices, num_gpus
 
 _OF_A_GROUP = re.compile(
     r"((LOCAL|GROUP)_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|PET_\w+"
@@ -191,11 +192,20 @@ def ignore_other_launchers() -> None:
     )
 
 
+@cache
+def warn_of_cpu() -> None:
+    """Say, once, that what could have run on GPUs runs on the CPU, and who says so."""
+    why = "ACCELERATE_USE_CPU asks for that" if asks_for_cpu() else "torch finds no GPU"
+    warn(f"computes on the CPU: {why}; with --cpu that is meant")
+
+
 def count_processes(config: RunConfig) -> int:
     """How many processes a run has on this machine, for whoever starts them; raises ValueError where that cannot be."""
     ignore_other_launchers()
     if config.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "1"
+    elif not num_gpus():
+        warn_of_cpu()
     num_processes = config.num_processes or max(1, num_gpus())
     check_devices(config.engine, num_processes)
     return num_processes

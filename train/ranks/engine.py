@@ -181,7 +181,11 @@ def num_gpus() -> int:
     return 0 if _uses_cpu() else torch.cuda.device_count()
 
 
+def asks_for_cpu() -> bool:
+    """Whether ACCELERATE_USE_CPU asks for the CPU, also where there are GPUs; in the words that Accelerate takes."""
+    return os.environ.get("ACCELERATE_USE_CPU", "0").lower() in {"1", "true", "t", "yes", "y", "on"}
+
+
 def _uses_cpu() -> bool:
-    """Whether processes compute on the CPU: no GPU is there, or ACCELERATE_USE_CPU asks for it."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "0").lower() in {"1", "true", "yes", "on"}
-    return asked or not torch.cuda.is_available()
+    """Whether processes compute on the CPU: no GPU is there, or they are asked to."""
+    return asks_for_cpu() or not torch.cuda.is_available()
