@@ -30,7 +30,12 @@ def default_cache() -> Path:
     Where the system knows no home for this user, as in some containers, a folder among the temporary files.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "netslim" if os.path.isabs(base) else Path(tempfile.gettempdir(), f"netslim-{os.getuid()}")
+    return Path(base) / "netslim" if os.path.isabs(base) else spare_cache()
+
+
+def spare_cache() -> Path:
+    """The cache of a user without a home: what is among the temporary files may be gone tomorrow."""
+    return Path(tempfile.gettempdir(), f"netslim-{os.getuid()}")
 
 
 @plainly
@@ -69,7 +74,7 @@ class DataConfig:
     """Which loader; auto = ffcv where it can be imported, else torch; device = all images stay on the GPU, for sets
     that fit there. Their pixels are the same."""
     num_workers: Annotated[int, Ge(0)] = 1
-    """Threads (ffcv) or processes (torch, where 0 = none of its own) that decode, per rank."""
+    """Threads (ffcv, at least 1) or processes (torch, where 0 = none of its own) that decode, per rank."""
     quality: Annotated[int, Interval(ge=1, le=100)] | None = None
     """JPEG quality in the .beton, for large images; None = raw pixels: larger, faster, exact. Ffcv only."""
 
