@@ -26,8 +26,8 @@ class Training:
     config: FitConfig
     gammas: Sequence[nn.Parameter] = ()
     slimming: InFlight | None = None
-    says: str = ""
-    """Said before it begins."""
+    says: Sequence[str] = ()
+    """Lines to be said before it begins."""
     warns: Sequence[str] = ()
     """Warnings to be said then."""
 
@@ -87,8 +87,8 @@ def _train(job: Job, stage: Stage, made: Made, training: Training, record: Recor
     store = Store(job.path(stage) / "checkpoints", config.checkpoint.keep)
     saver = Saver(store, job.run, config.checkpoint, identity)
     saver.check_room(made.model)
-    if training.says:
-        record.say(training.says)
+    for line in training.says:
+        record.say(line)
     for line in training.warns:
         record.say(line, warning=True)
     metrics = fit(

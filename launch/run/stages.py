@@ -41,15 +41,21 @@ def sparsify(job: Job, stage: Stage) -> Made:
         example = job.run.on_main(lambda: job.test_images(2).cpu()).to(job.run.device)
         most = _most_in_flight(config.prune, stage.turn)
         slimming = InFlight(dense, model, plan, channels, rules, config.sparsity, job.run, example, most)
-    says, warns = channels.summary(rules.coupling), cautions(dense, channels, rules.coupling)
-    if config.model.weights is not None:
-        says = "; ".join([*start, says])
-    else:
-        warns = [*start, *warns]
+    has_weights = config.model.weights is not None  # of which it is said what was taken; else what is overwritten
+    says = ["; ".join([*(start if has_weights else []), channels.summary(rules.coupling)])]
+    warns = [*([] if has_weights else start), *cautions(dense, channels, rules.coupling)]
     if stage.turn.number == 1:
+        says += _left_out(config.data.batch_size, job.loaders.info.num_train)
         warns = [*job.loaders.info.notes, *warns, *_foreseen(job, dense)]
     training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says, warns=warns)
     return Made(model=model, plan=plan, training=training)
+
+
+def _left_out(batch_size: int, num_images: int) -> list[str]:
+    """Say how many images an epoch leaves out, since no batch would be full of them; no line where it takes all."""
+    steps, left = divmod(num_images, batch_size)
+    which = f"{left} of the {num_images:,}, others each time"
+    return [f"an epoch is {steps:,} steps of {batch_size} images, and leaves out {which}"] if left else []
 
 
 def _foreseen(job: Job, dense: nn.Module) -> list[str]:
@@ -134,6 +140,7 @@ def restore(job: Job, stage: Stage) -> Made:
     repaired, outcome = repair(sparse, small, plan, job.calibration, job.config.repair)
     job.run.check_equal(repaired, f"after the repair at ratio {stage.ratio}")
     seconds = time.perf_counter() - started
+    images = f"by all {job.num_calibration:,} training images, " * (job.num_calibration < job.config.repair.images)
     return Made(
         model=repaired,
         plan=plan,
@@ -145,7 +152,7 @@ def restore(job: Job, stage: Stage) -> Made:
             "repair_seconds": seconds,
             "plan_digest": plan.digest,
         },
-        says=lambda accuracy: f"{outcome}, in {seconds:.1f} s, accuracy {accuracy:.4f}",
+        says=lambda accuracy: f"{outcome}, {images}in {seconds:.1f} s, accuracy {accuracy:.4f}",
     )
 
 
