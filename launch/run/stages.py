@@ -82,13 +82,13 @@ def prune(job: Job, stage: Stage) -> Made:
     channels = map_channels(sparse, job.blank_image, config.prune.coupling)
     scores = job.scores(source, sparse, channels)
 
-    def decide() -> tuple[str, float, tuple[str, ...]]:
+    def decide() -> tuple[str, float, bool, tuple[str, ...]]:
         images = job.test_images(16)
         made = cut_proved(sparse, channels, images, ratio, config.prune.rules, scores)
         plan = replace(made.plan, origin=job.origin)
-        return plan.to_json(), made.difference, made.notes
+        return plan.to_json(), made.difference, made.is_double, made.notes
 
-    text, difference, notes = run.on_main(decide)
+    text, difference, is_double, notes = run.on_main(decide)
     plan = Plan.from_json(text)
     small = cut(sparse, plan)
     run.check_same(plan.digest, f"at ratio {ratio}: the kept channels")
@@ -110,7 +110,8 @@ def prune(job: Job, stage: Stage) -> Made:
         says=lambda accuracy: (
             f"{plan.num_removed} of {plan.num_channels} channels removed ({plan.rules or 'no rules'}), "
             f"accuracy {accuracy:.4f}, cut and masked network differ by {difference:.1e}"
-            + "".join(f"; {note}" for note in notes)
+            + " in their own precision, since they do not run in float64" * (not is_double)
+            + "".join(f"; {note}" for note in (*plan.departures, *notes))
         ),
         tables={"channels": rows},
         pictures=picture_cut(rows, list(gammas.values()), plan),
