@@ -12,11 +12,12 @@ from test_launch_cli import Netslim
 from netslim.launch.batch import Shape, SlurmConfig
 from netslim.launch.batch.submit import of_job
 from netslim.launch.cli import dispatch
-from netslim.launch.config import RunConfig, field_names, unread_fields
+from netslim.launch.config import FinetuneConfig, RunConfig, field_names, unread_fields
 from netslim.launch.mistakes import LAUNCHER_VARIABLE
 from netslim.launch.presets import digits, read_preset
 from netslim.launch.run.directory import occupied
-from netslim.launch.run.processes import count_processes, of_launcher, warn_of_cpu
+from netslim.launch.run.processes import count_processes, of_launcher, warn_of_cpu, warn_of_overruled
+from netslim.train import EngineConfig, FitConfig
 
 
 def warnings_of(said: str) -> list[str]:
@@ -128,3 +129,22 @@ def test_stages_that_are_done_already_are_named(tmp_path: Path, capfd: pytest.Ca
     (tmp_path / "results.json").write_text(json.dumps({"rows": [row]}))
     assert dispatch(["prune", "digits", "--run-dir", str(tmp_path), "--prune.ratio", "0.5"]) == 0
     assert capfd.readouterr().out.splitlines()[0] == "done already, 1 of 1 stages: prune-0.50"
+
+
+def test_what_the_configuration_overrules_of_a_launchers_choices_is_said(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, config = "ACCELERATE_GRADIENT_", RunConfig(engine=EngineConfig(accumulation=2, zero=2))
+    for name, value in (("ACCUMULATION_STEPS", "4"), ("CLIPPING", "1.0")):
+        monkeypatch.setenv(f"{prefix}{name}", value)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    warn_of_overruled(config)
+    (line,) = warnings_of(capfd.readouterr().err)
+    assert line == (
+        f"the configuration overrules {prefix}ACCUMULATION_STEPS 4 (by engine.accumulation 2), "
+        f"{prefix}CLIPPING 1.0 (by sparsify.clip and finetune.clip None)"
+    )
+    clipped = {"sparsify": FitConfig(clip=1.0), "finetune": FinetuneConfig(clip=1.0)}
+    monkeypatch.setenv(f"{prefix}ACCUMULATION_STEPS", "1")
+    warn_of_overruled(RunConfig(**clipped))
+    assert capfd.readouterr().err == ""

@@ -129,6 +129,24 @@ def of_launcher(config: RunConfig) -> dict[str, str]:
     return found
 
 
+def warn_of_overruled(config: RunConfig) -> None:
+    """Say which choices of a launcher, which Accelerate passes on by the environment, the configuration overrules."""
+    clips: set[object] = {config.sparsify.clip, config.finetune.clip}
+    own: dict[str, tuple[str, set[object]]] = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("engine.accumulation", {config.engine.accumulation}),
+        "ACCELERATE_GRADIENT_CLIPPING": ("sparsify.clip and finetune.clip", clips),
+        # without one of ours the launcher's is taken
+        **({"ACCELERATE_DEEPSPEED_ZERO_STAGE": ("engine.zero", {config.engine.zero})} if config.engine.zero else {}),
+    }
+    told = [
+        f"{variable} {os.environ[variable]} (by {fields} {' and '.join(map(str, values))})"
+        for variable, (fields, values) in own.items()
+        if variable in os.environ and {os.environ[variable]} != {*map(str, values)}
+    ]
+    if told and os.environ.get("RANK", "0") == "0":
+        warn(f"the configuration overrules {', '.join(told)}")
+
+
 def warn_of_missing_processes() -> None:
     """Say where `accelerate launch` started fewer processes than its flags or its file ask for, which it does not."""
     asked, started = _processes_asked_for(), int(os.environ.get("WORLD_SIZE", "1"))

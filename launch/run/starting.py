@@ -24,6 +24,7 @@ from netslim.launch.run.processes import (
     of_launcher,
     warn_of_cpu,
     warn_of_missing_processes,
+    warn_of_overruled,
 )
 from netslim.train import Preempted, Runtime, asks_for_cpu, build_model, check_model, check_values, num_gpus
 
@@ -113,6 +114,7 @@ def enter(module: str, about: str, work: Work, *, reads_only: bool = False) -> N
     warn_of_missing_processes()
     if not is_of_netslim():
         warn_of_unread(find_preset(preset)(), config, of_launcher(config))
+        warn_of_overruled(config)
         if os.environ.get("RANK", "0") == "0" and not (config.cpu or asks_for_cpu() or num_gpus()):
             warn_of_cpu()
     work_each(preset, [(config, work)], reads_only=reads_only)

@@ -251,7 +251,8 @@ class Plan:
         what = what if self.rules.scope == "network" else f"rank of {what} in its {self.rules.scope}"
         lines.append(
             f"ratio {self.ratio} of {self.rules.target}: {self.num_removed} of {self.num_channels} prunable channels "
-            f"go; threshold {what} <= {limit}; floors spare {sum(self.spared.values())}, rounding restores {self.restored}"
+            f"go; threshold {what} <= {limit}; "
+            f"floors spare {sum(self.spared.values())}, rounding restores {self.restored}"
         )
         return "\n".join(lines)
 

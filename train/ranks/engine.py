@@ -62,6 +62,7 @@ def start_engine(config: EngineConfig) -> tuple[Accelerator, DeepSpeedPlugin | N
 
     Raises ValueError where the launcher's choice cannot work here.
     """
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # which Accelerate would take before what we say
     zero = _zero_plugin(config)
     if _uses_cpu() and zero is None:
         # Without it Accelerate finds no GPU and, in silence, makes each process a job of its own.
