@@ -6,7 +6,7 @@ do about a damaged file or a wrong name is its caller's business.
 
 from netslim.base.files import flush, replace_all, write_flushed
 from netslim.base.functions import said, split_function
-from netslim.base.lock import exclusive
+from netslim.base.lock import exclusive, is_held
 from netslim.base.shapes import Shapes, misfits
 from netslim.base.validation import complaint, plainly
 
@@ -15,6 +15,7 @@ __all__ = [
     "complaint",
     "exclusive",
     "flush",
+    "is_held",
     "misfits",
     "plainly",
     "replace_all",

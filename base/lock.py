@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +17,22 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
     Yields False where the file system has no locks: then only the atomic rename keeps writers apart.
     The file stays behind, for removing it would let two processes hold two locks of one name.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        held = True
+    with path.open("a+b") as file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             held = False
         yield held
-    finally:
-        os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether another process holds the lock file `path`, as far as this machine can see; it is only read."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # also one that is not there or may not be read, and a file system without locks
+        return isinstance(error, BlockingIOError)
+    return False

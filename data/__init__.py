@@ -8,8 +8,9 @@ from netslim.data.batches import (
     open_calibration,
     open_loaders,
 )
-from netslim.data.sources import DataConfig, Source, open_source
-from netslim.data.store import DataInfo, prepare, prepared, stored
+from netslim.data.sources import DataConfig, open_source
+from netslim.data.splits import Source
+from netslim.data.store import DataInfo, notes_here, prepare, prepared, stored
 
 __all__ = [
     "CalibrationLoader",
@@ -19,6 +20,7 @@ __all__ = [
     "Shard",
     "Source",
     "check_batch_size",
+    "notes_here",
     "open_calibration",
     "open_loaders",
     "open_source",

@@ -49,9 +49,14 @@ __all__ = [
 ]
 
 
+def most_threads() -> int:
+    """The most threads that numba has, and so FFCV."""
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
 def _set_num_threads(num: int) -> None:
     """FFCV's own, without torch, and without an error for more threads than numba has."""
-    Compiler.num_threads = min(max(1, num), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    Compiler.num_threads = min(max(1, num), most_threads())
     numba.set_num_threads(Compiler.num_threads)
 
 

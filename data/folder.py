@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netslim.data.pixels import Reading, Seen, read, suffixes
+from netslim.data.splits import Source
 
 TESTS = ("test", "val", "valid", "validation")
 """Folders of the images to test with; the first that is there."""
@@ -43,25 +44,13 @@ class FolderSplit:
         return os.path.join(self.root, self.names[index])
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What a folder of images holds; the fingerprint is of names, sizes and times of all image files."""
-
-    train: FolderSplit
-    test: FolderSplit
-    classes: tuple[str, ...]
-    fingerprint: str
-    notes: tuple[str, ...]
-    """What was left out, in a line each."""
-
-
 def looks_like_images(root: Path) -> bool:
     """Whether `root` has the layout that the source "folder" reads."""
     return (root / "train").is_dir() and any((root / name).is_dir() for name in TESTS)
 
 
-def scan(root: Path, reading: Reading) -> Scan:
-    """Find the images of `root`, in sub-folders of the classes too.
+def scan(root: Path, reading: Reading) -> Source:
+    """Find the images of `root`, in sub-folders of the classes too; the fingerprint is of their names, sizes and times.
 
     Raises FileNotFoundError when a folder is missing, ValueError when classes are empty or differ, or there is one.
     """
@@ -88,7 +77,7 @@ def scan(root: Path, reading: Reading) -> Scan:
     notes = [f"{root} also holds {other.name}/, which is not read: {tests[0].name}/ is" for other in tests[1:]]
     if left:
         notes.append(f"left out of {root}: {_kinds(left)}")
-    return Scan(splits[0], splits[1], train, digest.hexdigest(), tuple(notes))
+    return Source(splits[0], splits[1], train, digest.hexdigest(), tuple(notes))
 
 
 def _classes(folder: Path, left: Counter[str]) -> tuple[str, ...]:

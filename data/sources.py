@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Ge, Gt, Interval
@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from netslim.base import exclusive, plainly
 from netslim.data import folder
 from netslim.data.pixels import Fit, Reading, Seen, square
+from netslim.data.splits import Source
 
 SourceName = Literal["digits", "cifar10", "cifar100", "folder"]
 
@@ -29,7 +30,12 @@ def default_cache() -> Path:
     Where the system knows no home for this user, as in some containers, a folder among the temporary files.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "netslim" if os.path.isabs(base) else Path(tempfile.gettempdir(), f"netslim-{os.getuid()}")
+    return Path(base) / "netslim" if os.path.isabs(base) else spare_cache()
+
+
+def spare_cache() -> Path:
+    """The cache of a user without a home: what is among the temporary files may be gone tomorrow."""
+    return Path(tempfile.gettempdir(), f"netslim-{os.getuid()}")
 
 
 @plainly
@@ -68,7 +74,7 @@ class DataConfig:
     """Which loader; auto = ffcv where it can be imported, else torch; device = all images stay on the GPU, for sets
     that fit there. Their pixels are the same."""
     num_workers: Annotated[int, Ge(0)] = 1
-    """Threads (ffcv) or processes (torch, where 0 = none of its own) that decode, per rank."""
+    """Threads (ffcv, at least 1) or processes (torch, where 0 = none of its own) that decode, per rank."""
     quality: Annotated[int, Interval(ge=1, le=100)] | None = None
     """JPEG quality in the .beton, for large images; None = raw pixels: larger, faster, exact. Ffcv only."""
 
@@ -77,32 +83,19 @@ class DataConfig:
             raise ValueError(f"pad {self.pad} moves images of size {self.size} out of sight; try {self.size // 8}")
 
     @property
+    def unread(self) -> dict[str, str]:
+        """The fields that nothing reads beside the others, and why."""
+        of_folders = ("upright", "white") if self.source != "folder" else ()
+        of_files = {"digits": ("root", "download"), "folder": ("download",)}.get(self.source, ())
+        of_loader = {"torch": ("quality",), "device": ("quality", "num_workers")}.get(self.loader, ())
+        return dict.fromkeys((*of_folders, *of_files), f"source is {self.source}") | dict.fromkeys(
+            of_loader, f"loader is {self.loader}"
+        )
+
+    @property
     def reading(self) -> Reading:
         """How an image becomes a square of pixels."""
         return Reading(self.size, self.fit, self.upright, self.white)
-
-
-class Split(Protocol):
-    """Images by index: `(size, size, 3)` uint8 and a label in [0, number of classes)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[NDArray[np.uint8], int]: ...
-
-    def read(self, index: int, /) -> tuple[NDArray[np.uint8], int, Seen]:
-        """The same, and what the image was like."""
-
-
-@plain_dataclass(frozen=True)
-class Source:
-    """An image set; the fingerprint changes when its content does."""
-
-    train: Split
-    test: Split
-    classes: tuple[str, ...]
-    fingerprint: str
-    notes: tuple[str, ...] = ()
-    """What of it was left out, in a line each."""
 
 
 @plain_dataclass(frozen=True)
@@ -161,8 +154,7 @@ def _digits(reading: Reading) -> Source:
 def _folder(config: DataConfig) -> Source:
     if config.root is None:
         raise ValueError("source folder needs the folder of the images; add --data.root DIR")
-    found = folder.scan(config.root, config.reading)
-    return Source(found.train, found.test, found.classes, found.fingerprint, found.notes)
+    return folder.scan(config.root, config.reading)
 
 
 def _cifar(config: DataConfig) -> Source:

@@ -1,6 +1,5 @@
 """What each command of ``netslim`` does: checks everything that can be checked, then starts the processes."""
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,6 +10,7 @@ from netslim.launch.config import RunConfig, run_directory, to_yaml
 from netslim.launch.export import export_run
 from netslim.launch.help import DRY_RUN
 from netslim.launch.inspect import foresee, inspect_run
+from netslim.launch.mistakes import warn
 from netslim.launch.presets import read_preset
 from netslim.launch.recipe import COMMANDS_VARIABLE
 from netslim.launch.run import (
@@ -69,7 +69,10 @@ def run_stages(preset: str, config: RunConfig, commands: Sequence[str], flags: S
     def at_work() -> str:
         return next((path.name for path in paths if not is_complete(path)), "the end")
 
-    if not all(is_complete(path) for path in paths):
+    done = [path.name for path in paths if is_complete(path)]
+    if done:
+        print(f"done already, {len(done)} of {len(paths)} stages: {', '.join(done)}", flush=True)
+    if len(done) < len(paths):
         prepare(config.data, quiet=False)
         work, environment = partial(run_recipe, commands=commands), {COMMANDS_VARIABLE: " ".join(commands)}
         code = start("netslim.launch.recipe", preset, flags, config, work, at_work, environment)
@@ -83,7 +86,7 @@ def write_data(config: RunConfig) -> int:
     """Write the images of a configuration where they are not written yet."""
     info = prepare(config.data, quiet=False)
     for note in info.notes:
-        print(f"netslim: warning: {note}", file=sys.stderr)
+        warn(note)
     where = info.directory or f"nothing to write: loader {info.loader} reads the images themselves"
     print(f"{info.num_train} training and {info.num_test} test images of {len(info.classes)} classes: {where}")
     return 0

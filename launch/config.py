@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -186,6 +187,27 @@ def field_names(config: Any) -> list[str]:
         else:
             names.append(field.name)
     return names
+
+
+def unread_fields(config: RunConfig) -> dict[str, str]:
+    """The fields that nothing reads beside the others, by their dotted names, and why."""
+    sections = ("data", "sparsify", "sparsity", "prune", "repair", "finetune")
+    found = {
+        f"{section}.{name}": f"{section}.{why}"
+        for section in sections
+        for name, why in getattr(config, section).unread.items()
+    }
+    if not config.repair.steps and config.prune.score != "reconstruction":
+        found["repair.images"] = "repair.steps is empty"
+    if config.engine.precision == "fp16":
+        why = "engine.precision is fp16, whose loss scaler leaves steps out by itself"
+        found |= dict.fromkeys(("sparsify.skip_nonfinite", "finetune.skip_nonfinite"), why)
+    return found
+
+
+def value_of(config: RunConfig, name: str) -> Any:
+    """The value of a field by its dotted name."""
+    return reduce(getattr, name.split("."), config)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], unread: Sequence[str] = ()) -> list[str]:

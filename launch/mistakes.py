@@ -45,6 +45,11 @@ def guarded(body: Callable[[], int | None], rank: int | None = None) -> int:
         return _after_training(error, _rank(rank))
 
 
+def warn(line: str) -> None:
+    """Say what a user should know of a command that goes on all the same."""
+    print(f"netslim: warning: {line}", file=sys.stderr, flush=True)
+
+
 def _after_training(error: Exception, rank: int) -> int:
     """The exit code where a rank was lost, or a signal told the run to end; raises anything else again."""
     from netslim.train import LostRankError, Preempted  # here: its import takes seconds, which help does not have

@@ -4,10 +4,10 @@ import inspect
 from collections.abc import Callable, Sequence
 
 from netslim.data import DataConfig
-from netslim.launch.config import FinetuneConfig, PruneConfig, RunConfig, run_directory
+from netslim.launch.config import FinetuneConfig, PruneConfig, RunConfig, run_directory, unread_fields
 from netslim.launch.help import list_presets as list_presets
 from netslim.launch.help import nearest_preset
-from netslim.launch.reading import as_it_began, parse
+from netslim.launch.reading import as_it_began, parse, warn_of_unread
 from netslim.train import FitConfig, ModelConfig, SparsityConfig
 
 
@@ -128,8 +128,11 @@ def find_preset(name: str) -> Callable[[], RunConfig]:
 def read_preset(command: str, name: str, flags: Sequence[str], *, is_run: bool = True) -> RunConfig:
     """The configuration that flags make of a preset; raises what `find_preset` and `parse` do.
 
-    Of a run that goes on what `as_it_began` says.
+    Of a run that goes on what `as_it_began` says; of any run, what nothing reads of it is said.
     """
     make = find_preset(name)
     config = parse(f"{command} {name}", inspect.getdoc(make) or "", make(), flags)
-    return as_it_began(config, run_directory(name, config), flags) if is_run else config
+    if not is_run:
+        return config
+    warn_of_unread(make(), config, unread_fields(config))
+    return as_it_began(config, run_directory(name, config), flags)

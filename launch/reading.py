@@ -8,7 +8,6 @@ import json
 import os
 import re
 import reprlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +16,9 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
-from netslim.launch.config import ADAPTER, RunConfig, field_names, to_dict, with_tuples
+from netslim.launch.config import ADAPTER, RunConfig, field_names, to_dict, value_of, with_tuples
 from netslim.launch.help import HELP, HELP_ALL, short_help
-from netslim.launch.mistakes import LAUNCHER_VARIABLE
+from netslim.launch.mistakes import LAUNCHER_VARIABLE, warn
 from netslim.train import RecordConfig
 from netslim.train.record import OF_ENVIRONMENT
 
@@ -87,15 +86,24 @@ def recorded_as(before: RecordConfig, config: RunConfig, directory: Path, argume
     given = _given(arguments)
     kept = {name: getattr(before, name) for name in OF_ENVIRONMENT if f"record.{name}" not in given}
     odd = [name for name, value in kept.items() if value != getattr(config.record, name)]
-    # once: by rank 0, where no command of ours has said so already
-    if odd and os.environ.get("RANK", "0") == "0" and LAUNCHER_VARIABLE not in os.environ:
-        print(
-            f"netslim: warning: {directory} goes on in W&B as it began, with "
-            f"{', '.join(f'record.{name} {_SHORT.repr(kept[name])}' for name in odd)}; give a flag for another",
-            file=sys.stderr,
-            flush=True,
+    if odd and _is_first():
+        warn(
+            f"{directory} goes on in W&B as it began, with "
+            f"{', '.join(f'record.{name} {_SHORT.repr(kept[name])}' for name in odd)}; give a flag for another"
         )
     return dataclasses.replace(config, record=dataclasses.replace(config.record, **kept))
+
+
+def warn_of_unread(preset: RunConfig, config: RunConfig, unread: Mapping[str, str]) -> None:
+    """Say in one line which of the fields that a user has set nothing reads: those that a preset has otherwise."""
+    told = [f"{name} ({why})" for name, why in unread.items() if value_of(config, name) != value_of(preset, name)]
+    if told and _is_first():
+        warn(f"nothing reads {', '.join(told)}")
+
+
+def _is_first() -> bool:
+    """Whether this process is to say something: rank 0, where no command of ours has said so already."""
+    return os.environ.get("RANK", "0") == "0" and LAUNCHER_VARIABLE not in os.environ
 
 
 def _given(arguments: Sequence[str]) -> set[str]:
@@ -131,7 +139,8 @@ def _spell_out_model(arguments: Sequence[str]) -> list[str]:
 
 def take_path(arguments: Sequence[str], flag: str, kind: str) -> tuple[list[str], Path | None]:
     """The arguments without a flag that no field has, and the path that it names; ValueError where it names none."""
-    rest, path = [], None
+    rest: list[str] = []
+    path: Path | None = None
     remaining = iter(arguments)
     for argument in remaining:
         name, has_value, value = argument.partition("=")
@@ -141,6 +150,8 @@ def take_path(arguments: Sequence[str], flag: str, kind: str) -> tuple[list[str]
         given = value if has_value else next(remaining, "")
         if not given or given.startswith("--"):
             raise ValueError(f"{flag} needs {kind}; name one after it")
+        if path is not None:
+            raise ValueError(f"{flag} names {path} and {given}, and takes one; put both into one")
         path = Path(given)
     return rest, path
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from netslim.prune.choose import Plan, Rules, ShareGone, choose, realise, restricted, units_of
-from netslim.prune.cut import cut, prove, scales_of
+from netslim.prune.cut import cut, proof_of, prove, scales_of
 from netslim.prune.map import ChannelMap, Coupling, few, map_channels
 from netslim.prune.record import Example, tensor_of, weight_of
 from netslim.prune.repair import Calibration
@@ -51,6 +51,8 @@ class Proved:
     plan: Plan
     difference: float
     """From the masked network, as `largest_difference` measures it."""
+    is_double: bool
+    """Whether it was measured in float64; else in the precision of the network, which does not run in that."""
     notes: tuple[str, ...]
     """What had to stay all the same, in one line each."""
 
@@ -75,7 +77,7 @@ def cut_proved(
         plan = plan_network(model, channels, example, ratio, rules, scores)
         small = cut(model, plan)
         try:
-            return Proved(small, plan, prove(model, small, plan, example), tuple(notes))
+            return Proved(small, plan, *proof_of(model, small, plan, example), tuple(notes))
         except RuntimeError:
             for classes, why in (unsound := _unsound(model, channels, plan, example)):
                 channels = channels.holding(classes, why)

@@ -7,16 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from conftest import Disk
 from PIL import Image
 
 from netslim.data import DataConfig, prepare
-from netslim.data.sources import open_source
+from netslim.data.sources import open_source, spare_cache
 from netslim.data.store import older
 from netslim.data.store.write import choose_loader
 
@@ -343,10 +345,32 @@ def test_the_loaders_without_files_write_only_the_figures(tmp_path: Path, loader
     assert [len(list((config.cache / name).iterdir())) for name in sorted(leftovers(config))] in ([1, 3], [3, 1])
 
 
-def test_without_ffcv_auto_warns_and_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ffcv_auto_takes_torch_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hide_ffcv(monkeypatch)
-    with pytest.warns(UserWarning, match="ffcv cannot be imported"):
-        assert choose_loader(DataConfig()) == "torch"
+    config = replace(make_folder(tmp_path), loader="auto", quality=80)
+    assert choose_loader(config) == "torch"
+    (line,) = prepare(config, quiet=True).notes
+    assert line.startswith("ffcv cannot be imported (")
+    assert "images load slower, by torch, and data.quality 80 is not read; pip install" in line
+
+
+def test_more_threads_than_there_are_and_a_cache_that_may_vanish_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from netslim.data import ffcv_door
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = replace(make_folder(tmp_path), num_workers=1000, cache=spare_cache())
+    threads, home = prepare(config, quiet=True).notes
+    assert threads == f"data.num_workers 1000 is more than there are: {ffcv_door.most_threads()} threads decode"
+    assert home.startswith(f"nobody knows a home of this user, so that {config.cache} is the cache")
+
+
+def test_a_cache_on_a_read_only_disk_is_named(tmp_path: Path, disk: Disk) -> None:
+    config = replace(make_folder(tmp_path), cache=disk.path / "cache")
+    disk.mount("remount,ro")
+    with pytest.raises(OSError, match=r"disk/cache cannot be written \(Read-only file system\).*--data\.cache"):
+        prepare(config, quiet=True)
 
 
 @pytest.mark.parametrize("loader", ["torch", "device"])

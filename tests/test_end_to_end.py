@@ -28,6 +28,8 @@ def second(tmp_path_factory: pytest.TempPathFactory, flags: list[object]) -> Pat
     recipe = ["-m", "netslim.launch.recipe", "digits", "--run-dir", directory, *flags]
     done = call(*launcher, *recipe, *(["--no-cpu"] if not torch.cuda.is_available() else []))
     assert done.returncode == 0, done.stderr
+    why = "netslim: warning: computes on the CPU: torch finds no GPU"
+    assert done.stderr.count(why) == (not torch.cuda.is_available())
     return directory
 
 

@@ -215,6 +215,15 @@ def test_smallest_can_mean_macs_or_the_file() -> None:
     assert chosen(decide(entries, [sparse(0.9)], by="macs")).typical.run == "few-macs"
 
 
+def test_a_network_whose_size_was_not_measured_is_said_to_be_out_of_the_choice() -> None:
+    found = Gathered([entry("known", ratio=0.3), entry("unknown", ratio=0.5, file_mb=None)], [sparse(0.9)], [], [])
+    for by, lines in (
+        ("params", []),
+        ("file_mb", ["1 of the networks cannot be chosen: their file_mb was not measured."]),
+    ):
+        assert notes(found, judge(found, 0.01, by)) == lines  # type: ignore[arg-type]
+
+
 def test_where_none_is_within_the_loss_the_nearest_is_named() -> None:
     entries = [entry("near", ratio=0.3, accuracy=0.8), entry("far", ratio=0.9, accuracy=0.3)]
     verdict = decide(entries, [sparse(0.95)])
@@ -459,13 +468,16 @@ def test_the_view_in_wandb_is_of_the_runs_groups_and_its_address_is_printed(
         asked.extend(arguments)
         return "https://wandb.example/view"
 
-    monkeypatch.setitem(sys.modules, "netslim.launch.compare.workspace", SimpleNamespace(save_workspace=save))
+    monkeypatch.setitem(
+        sys.modules, "netslim.launch.compare.workspace", SimpleNamespace(save_workspace=save, MOST_RUNS=7)
+    )
     grouped = RunConfig(data=DataConfig(size=16), record=RecordConfig(group="mine"))
     runs = [make_run("a"), make_run("b", base=grouped)]
-    code, printed, _ = compare(*runs, "--wandb")
+    code, printed, said = compare(*runs, "--wandb")
     assert code == 0
     assert printed.splitlines()[-1] == "W&B workspace: https://wandb.example/view"
     assert asked == ["netslim", None, ["a", "mine"], "netslim a, b"]
+    assert "of 8 stages the panels of the workspace show 7" in said
     elsewhere = make_run("c", base=RunConfig(data=DataConfig(size=16), record=RecordConfig(project="other")))
     code, _, errors = compare(*runs, elsewhere, "--wandb")
     assert code == 2

@@ -72,6 +72,7 @@ def test_every_preset_resolves_and_says_where_it_comes_from(name: str) -> None:
         (["--data.white", "0"], "data.white is 0"),
         (["--config"], "--config needs a file"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml: there is no such file"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config names a.yaml and b.yaml, and takes one"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_field_and_rule(arguments: list[str], message: str) -> None:

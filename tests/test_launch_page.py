@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from test_launch_compare import HOSTILE, Compare, Run, compare, make_run, sweep
 
+from netslim.launch.compare import drawing
 from netslim.launch.compare.charts import INK, PAPER, SERIES
 from netslim.launch.compare.choice import judge
 from netslim.launch.compare.curves import read_drawn, read_epochs, read_gammas
@@ -91,6 +92,16 @@ def test_the_same_runs_make_the_same_bytes(make_run: Run, compare: Compare) -> N
         assert compare(run)[0] == 0
         digests.append(hashlib.sha256((run / "report.html").read_bytes()).hexdigest())
     assert digests[0] == digests[1]
+
+
+def test_a_page_that_does_not_draw_all_cuts_says_how_many(
+    make_run: Run, compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "_MOST_CUTS", 1)
+    run = make_run("one", weight=1e-3, finetuned={0.5: 0.9, 0.8: 0.8})
+    assert compare(run)[0] == 0
+    assert len([name for name in marks_of(run / "report.html") if "layers" in name]) == 1
+    assert "1 of 2 cuts are drawn." in (run / "report.html").read_text()
 
 
 def test_the_marks_of_the_figures_say_what_the_artefacts_say(make_run: Run, compare: Compare) -> None:

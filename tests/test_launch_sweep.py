@@ -8,6 +8,7 @@ from test_launch_cli import Netslim, assert_one_line
 from whole_run import SCRIPT, call
 
 from netslim.launch.cli import dispatch
+from netslim.launch.compare.entries import gather
 from netslim.launch.presets import digits
 from netslim.launch.sweep.command import SweepConfig, grid, new_sweep
 from netslim.launch.sweep.grid import Member, Sweep
@@ -86,6 +87,19 @@ def test_a_sweep_whose_images_are_missing_says_failed_for_every_member(
         assert f"failed: {error.removeprefix('netslim: ').strip()}" in line
 
 
+def test_what_waits_for_a_sparse_model_that_failed_has_failed_with_it_until_that_is_tried_again(tmp_path: Path) -> None:
+    members = grid(SweepConfig(weights=(0.0, 1e-4), ratios=(0.5,)), digits())
+    sweep = Sweep(tmp_path, "digits", digits(), members, [], {})
+    sweep.write()
+    sweep.make(members)
+    sweep.mark_failed(members[0], "no memory")
+    want = ["failed: no memory", f"failed: its sparse model, {members[0].name}, did", "waiting", "waiting"]
+    assert [sweep.state(member, {}) for member in members] == want
+    assert [entry.state for entry in gather([tmp_path]).entries] == [*want[:2], "waiting"]
+    sweep.make(members)
+    assert {sweep.state(member, {}) for member in members} == {"waiting"}
+
+
 def test_the_index_says_what_is_in_the_sweep(sweep: Path) -> None:
     index = json.loads((sweep / "sweep.json").read_text())
     assert index["preset"] == "digits"
@@ -116,6 +130,7 @@ def test_the_command_with_more_values_adds_to_the_grid(sweep: Path, flags: list[
         (["--sparsity.weight", "1"], ["--sparsity.weight is what a sweep varies", "--weights"]),
         (["--seed=1"], ["--seed=1", "--seeds"]),
         (["--partition", "gpu"], ["--partition=gpu is for jobs of SLURM", "--slurm"]),
+        (["--limit", "2"], ["--limit is for jobs of SLURM", "--slurm"]),
         (["--slurm", "--dependency", "afterok:1"], ["--dependency"]),
         (["--status"], ["is no sweep", "sweep.json"]),
     ],

@@ -193,6 +193,7 @@ VARIABLES = {
     "WANDB_TAGS": "one, two",
     "WANDB_RUN_ID": "theirid1",
     "WANDB_RESUME": "must",
+    "WANDB_CONSOLE": "wrap",
     "WANDB_MODE": "offline",
 }
 
@@ -208,7 +209,7 @@ def test_what_wandbs_variables_say_of_a_run_is_the_default_of_its_fields(
 ) -> None:
     for name, value in {**VARIABLES, "WANDB_DIR": str(tmp_path / "elsewhere")}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(WandbRun, "has_told_of_resuming", False)
+    monkeypatch.setattr(WandbRun, "told", set())
     of_flags = ["--record.group", "mine", "--record.tags", "three", "--record.project", "own", "--record.notes", "My."]
     for stage, flags in (("sparse", []), ("finetune", of_flags)):
         config = parse("netslim", "", find_preset("digits")(), flags).record
@@ -224,10 +225,10 @@ def test_what_wandbs_variables_say_of_a_run_is_the_default_of_its_fields(
     assert (last.project, last.entity, last.run_group) == ("own", "their-team", "mine")
     assert (last.notes, list(last.tags)) == ("My.", ["three"])
     assert (sparse.run_id == "theirid1", last.run_id) == (False, "theirid1")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line == (
-        "sparse: warning: WANDB_RESUME is ignored: a stage goes on in the W&B run that its checkpoint names"
-    )
+    assert capfd.readouterr().err.splitlines() == [
+        "sparse: warning: WANDB_RESUME is ignored: a stage goes on in the W&B run that its checkpoint names",
+        "sparse: warning: WANDB_CONSOLE is ignored: what a run prints stays here",
+    ]
 
 
 def test_a_run_that_goes_on_is_recorded_where_it_began_unless_a_flag_says_otherwise(
@@ -400,6 +401,7 @@ def test_under_an_agent_the_last_stage_alone_is_the_trials_run(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """By the environment that the agent gave its second trial."""
+    monkeypatch.setattr(WandbRun, "told", set())
     for name, value in trials[1]["environment"].items():
         if name.startswith("WANDB_") and name not in ("WANDB_CONFIG_DIR", "WANDB_BASE_URL"):
             monkeypatch.setenv(name, value)
@@ -434,7 +436,10 @@ def test_under_an_agent_the_last_stage_alone_is_the_trials_run(
     for path in wandb_runs(tmp_path / "run"):
         # the search reads a trial's values from its config, as it gave them
         assert wandb_config(path) == {"prune.ratio": 0.5, "sparsity.weight": 0.03, "seed": 0}
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err.splitlines() == [
+        f"sparse: warning: record.{field} is not taken: the sweep that this is a trial of is in {theirs}"
+        for field, theirs in (("project another", "netslim"), ("entity nobody", "someone"))
+    ]
 
 
 def test_a_trial_that_is_taken_up_again_stays_the_trials_run(

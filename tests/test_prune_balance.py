@@ -100,4 +100,5 @@ def test_where_balancing_would_change_outputs_it_is_undone() -> None:
     repaired, report = repair(model, cut(model, plan), plan, images, config)
     assert not report.is_balanced
     assert "balanced" not in str(report)
+    assert "; balance, which should change nothing, came to " in str(report)
     assert torch.equal(repaired[0][1].weight, model[0][1].weight)

@@ -166,3 +166,9 @@ def test_an_optimizer_of_another_network_is_refused():
     other = torch.optim.SGD(Residual().parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"the optimizer holds a parameter of shape .* that is not the model's"):
         carry(other, model, cut(model, plan), plan)
+
+
+def test_state_that_is_not_shaped_as_its_parameter_is_refused_where_that_is_cut():
+    model, optimizer, plan = trained(torch.optim.Adafactor, "group")
+    with pytest.raises(ValueError, match=r"the optimizer's \w+ of '.*' is \(.*\), which the cut does not say"):
+        carry(optimizer, model, cut(model, plan), plan)

@@ -57,6 +57,7 @@ def test_a_ratio_between_classes_is_reached_as_far_as_whole_classes_go():
     plan = planned(model, ratio=0.5)  # 4 + 4 gammas in the first layer, 4 + 4 + 4 in the second
     assert (plan.num_asked, plan.num_removed) == (10, 8)
     assert "2 of 10 stay because classes of channels go whole" in plan.report()
+    assert plan.departures == ("2 fewer than asked, because classes of channels go whole",)
 
 
 def test_groups_stay_and_stay_equal():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_prune_nets import EXAMPLE, NETS, chain, scramble
-from test_prune_repair import calibration, difference, doubled, images_and_labels, peak, wide
+from test_prune_repair import Odd, calibration, difference, doubled, images_and_labels, peak, wide
 from torch import Tensor, nn
 
 from netslim.prune import Calibration, largest_difference, map_channels, repair, score_channels, slim
@@ -116,6 +116,13 @@ def test_to_a_layer_that_is_too_wide_to_be_solved_a_channel_is_worth_all_that_it
     whole = (before @ weight.T).var(0, unbiased=False).sum()
     alone = [float((before[:, [c]] @ weight[:, [c]].T).var(0, unbiased=False).sum() / whole) for c in range(7)]
     assert scores.tolist() == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_reader_that_cannot_be_solved_is_said_to_be_left_out():
+    torch.manual_seed(0)
+    model = scramble(Odd()).eval()
+    with pytest.warns(UserWarning, match="leaves out what channels are worth to 'again': they are no Conv2d or Linear"):
+        scores_of(model, calibration(32))
 
 
 def test_the_memory_of_a_score_is_bounded_however_wide_a_layer_is():

@@ -194,7 +194,9 @@ def test_a_truncated_plan_is_refused():
 
 
 def test_the_report_shows_each_layer_before_and_after():
-    lines = plan_of(torch.full((40,), 0.1), torch.arange(60) + 1, ratio=0.4).report().splitlines()
+    plan = plan_of(torch.full((40,), 0.1), torch.arange(60) + 1, ratio=0.4)
+    assert plan.departures == ("1 stay by a floor, and others go instead",)
+    lines = plan.report().splitlines()
     assert lines[1].split() == ["0.1", "40", "->", "1", "1"]
     assert lines[-1] == (
         "ratio 0.4 of channels: 40 of 100 prunable channels go; threshold |gamma| <= 1; "

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from test_prune_nets import EXAMPLE, block, scramble
 from torch import Tensor, nn
 
-from netslim.prune import ChannelMap, cut, largest_difference, make_plan, map_channels, masked, slim
+from netslim.prune import (
+    ChannelMap,
+    Rules,
+    cut,
+    cut_proved,
+    largest_difference,
+    make_plan,
+    map_channels,
+    masked,
+    slim,
+)
 from netslim.train import ModelConfig, build_model
 
 
@@ -394,6 +404,8 @@ def test_a_network_that_converts_to_float32_itself_is_proved_in_float32():
     model = scramble(Between(lambda x: x.float()))
     _, plan = slim(model, EXAMPLE, ratio=0.5)
     assert plan.num_removed == 7
+    proved = cut_proved(model, map_channels(model, EXAMPLE), EXAMPLE, 0.5, Rules())
+    assert (proved.plan.num_removed, proved.is_double) == (7, False)
 
 
 def test_a_network_that_writes_its_buffers_leaves_the_users_untouched():

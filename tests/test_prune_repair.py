@@ -308,6 +308,34 @@ def test_fewer_samples_than_the_shapes_promise_leave_a_layer_as_it_is_too():
     assert "reconstruct leaves 1 of 3 layers as they are: 'shift'" in report.notes[0]
 
 
+class Odd(nn.Module):
+    """With a layer that is called twice, and one that never is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU())
+        self.again = nn.Conv2d(12, 12, 3, padding=1)
+        self.spare = nn.BatchNorm2d(4)
+        self.tail = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = self.body(x)
+        far = nn.functional.avg_pool2d(near, 2)
+        return self.tail(torch.cat([self.again(each).relu().mean((2, 3)) for each in (near, far)], 1))
+
+
+def test_a_layer_that_is_called_twice_is_said_to_be_left_and_one_that_never_is_keeps_its_statistics():
+    torch.manual_seed(0)
+    model = scramble(Odd()).eval()
+    plan = plan_for(model, 0.0)
+    config = RepairConfig(steps=("reconstruct", "recalibrate"), auto=False)
+    repaired, report = repair(model, cut(model, plan), plan, calibration(128), config)
+    (note,) = report.notes
+    assert foreseen(model, torch.zeros(1, 3, 16, 16), 128) == [note]
+    assert note.startswith("reconstruct leaves 1 of 3 layers as they are: 'again', since they are no Conv2d or Linear")
+    assert torch.equal(repaired.spare.running_mean, model.spare.running_mean)
+
+
 def wide() -> nn.Module:
     """A linear layer of 25,088 inputs, as VGG-16 has at 224 x 224: a matrix of its second moments takes 5 GB."""
     torch.manual_seed(0)

@@ -147,7 +147,7 @@ def moved_while_frozen(zero: int) -> dict[str, list[float]]:
             gammas = gammas_of(model)
             before = [gamma.detach().clone() for gamma in gammas]
             gammas[0].requires_grad_(False)
-            config = FitConfig(lr=LR, weight_decay=0.0)
+            config = FitConfig(lr=LR, weight_decay=0.1)
             sparsity = SparsityConfig(weight=LAMBDA, method=method)  # type: ignore[arg-type]
             prepared = Prepared(model, config, run, gammas, sparsity, None)
             gammas_of(prepared.trained)[1].requires_grad_(False)

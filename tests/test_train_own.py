@@ -12,6 +12,7 @@ from netslim.launch.mistakes import guarded
 from netslim.launch.presets import digits
 from netslim.launch.reading import parse
 from netslim.train import EngineConfig, ModelConfig, build_model, check_model, check_values
+from netslim.train.models import initialise
 
 MODULE = """
 import torch
@@ -42,6 +43,22 @@ def flat(num_classes=10):
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, num_classes))
 
+def trained(num_classes=10):
+    model = build(num_classes)
+    nn.init.constant_(model[1].weight, 2.0)
+    return model
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.factor
+
+def scaled(num_classes=10):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), Scale(), nn.Flatten(), nn.Linear(144, num_classes))
+
 constant = 3
 """
 
@@ -66,6 +83,29 @@ def test_a_users_function_in_the_current_directory_builds_the_network(function: 
     model = build_model(ModelConfig(name=f"ownpkg.nets:{function}"), num_classes=7, seed=0)
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 7)
     assert (model[1].weight == 0.5).all()
+
+
+def test_gammas_of_a_users_own_are_said_to_be_overwritten_unless_that_is_asked_for() -> None:
+    said: list[str] = []
+    name = "ownpkg.nets:trained"
+    model = build_model(ModelConfig(name=name), 10, 0, said.append)
+    assert (model[1].weight == 0.5).all()
+    (line,) = said
+    assert f"the gammas of 1 of 1 BatchNorms, to which {name} gave others than 1, to 0.5" in line
+    for asked, gamma in ((0.5, 0.5), (None, 2.0)):
+        model = build_model(ModelConfig(name=name, initial_gamma=asked), 10, 0, said.append)
+        assert (model[1].weight == gamma).all()
+    build_model(ModelConfig(name="ownpkg.nets:build"), 10, 0, said.append)
+    assert said == [line]
+
+
+def test_what_a_start_from_scratch_cannot_make_anew_is_named() -> None:
+    config = ModelConfig(name="ownpkg.nets:scaled")
+    model = build_model(config, 10, seed=0)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 3.0)
+    assert initialise(model, config, seed=0) == ["1.factor"]
+    assert [name for name, value in model.named_parameters() if (value == 3).any()] == ["1.factor"]
 
 
 def test_its_weights_are_a_function_of_the_seed_alone() -> None:

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import wandb
+from click.testing import CliRunner
 from stand_in import account, server, wandb_history, wandb_records, wandb_runs, wandb_steps, wandb_summary
 from test_train_distributed import Shares, network, new_runtime
 from test_train_resume import CrashError, Dying
 from torch import nn
+from wandb.cli import cli
 
 from netslim.train import CheckpointConfig, EngineConfig, FitConfig, Record, RecordConfig, Saver, Store, fit
 from netslim.train.record import wandb_run, wandb_server
 from netslim.train.record.wandb_content import Artefact, Lineage
-from netslim.train.record.wandb_server import Probe, wandb_mode
+from netslim.train.record.wandb_server import Probe, mode_of_files, wandb_mode
 
 METRICS = {"epoch": 1, "train_loss": 0.5, "accuracy": 0.9, "images_per_second": 10.0}
 OFFLINE = RecordConfig(wandb="offline")
@@ -92,6 +94,8 @@ def test_other_ranks_leave_and_say_nothing(tmp_path: Path, capfd: pytest.Capture
         ("auto", None, False, "offline"),
         ("auto", "offline", True, "offline"),
         ("auto", "disabled", True, None),
+        ("auto", "dryrun", True, "offline"),
+        ("auto", "run", False, "online"),
         ("online", "offline", False, "online"),
         ("offline", None, True, "offline"),
         ("disabled", None, True, None),
@@ -104,6 +108,36 @@ def test_the_wandb_mode_is_decided_without_a_prompt(
     if environment is not None:
         monkeypatch.setenv("WANDB_MODE", environment)
     assert wandb_mode(wanted, has_key=lambda: has_key) == mode
+
+
+@pytest.mark.parametrize("mode", ["ofline", "shared", "Offline"])
+def test_a_mode_that_wandb_or_netslim_does_not_have_is_refused_before_anything_starts(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(
+        ValueError, match=f"WANDB_MODE is '{mode}'; netslim takes online, offline, disabled, run, dryrun"
+    ):
+        RecordConfig()
+    assert RecordConfig(wandb="offline").wandb == "offline"
+
+
+def test_what_wandbs_own_commands_left_in_its_settings_is_taken(
+    tmp_path: Path, address: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    mode_of_files.cache_clear()
+    for command, mode in ((cli.offline, "offline"), (cli.disabled, None)):
+        assert CliRunner().invoke(command).exit_code == 0  # `wandb offline`, `wandb disabled`
+        wandb.teardown()
+        mode_of_files.cache_clear()
+        assert wandb_mode("auto", lambda: True, mode_of_files) == mode
+    with Record("sparse", tmp_path / "run" / "sparse", is_main=True, config=RecordConfig(wandb="auto")) as record:
+        record.epoch(METRICS, nn.Identity())
+        assert record.wandb_id is None
+    mode_of_files.cache_clear()
+    assert not (tmp_path / "run" / "wandb").exists()
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Training that is taken up again ends as the undisturbed one, bit for bit."""
 
+import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +150,10 @@ def crash(directory: Path, after: int) -> None:
         train(directory, die_after=after, engine=EngineConfig(batch_norm="frozen"), dropout=False)
 
 
-def finish(directory: Path) -> dict[str, Tensor]:
-    return train(directory, engine=EngineConfig(batch_norm="frozen"), dropout=False)
+def finish(directory: Path) -> tuple[dict[str, Tensor], str]:
+    """The weights, and what is said."""
+    with redirect_stdout(io.StringIO()) as said:
+        return train(directory, engine=EngineConfig(batch_norm="frozen"), dropout=False), said.getvalue()
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -157,8 +161,9 @@ def test_a_run_goes_on_at_another_number_of_ranks(before: int, after: int, tmp_p
     for name in ("crash", "finish", "alone"):
         (tmp_path / name).mkdir()
     run_ranks(crash, before, tmp_path / "crash", tmp_path / "run", 5)
-    (have, *_) = run_ranks(finish, after, tmp_path / "finish", tmp_path / "run")
-    (want,) = run_ranks(finish, 1, tmp_path / "alone", tmp_path / "undisturbed")
+    ((have, said), *_) = run_ranks(finish, after, tmp_path / "finish", tmp_path / "run")
+    ((want, _),) = run_ranks(finish, 1, tmp_path / "alone", tmp_path / "undisturbed")
+    assert f"after step 5, of {before} processes, as {after}: BatchNorm statistics are combined" in said
     for name in want:
         torch.testing.assert_close(have[name], want[name], rtol=1e-5, atol=1e-7)
     assert [line["step"] for line in lines(tmp_path / "run")] == [4, 8]

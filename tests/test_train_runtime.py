@@ -1,5 +1,6 @@
 """What ranks do together, on two real ones."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,11 @@ def caught(call: Callable[[], Any]) -> tuple[str, bool]:
 
 
 def together() -> dict[str, Any]:
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"  # as a launcher says
     run = Runtime(EngineConfig(), seed=0)
     seen: dict[str, Any] = {"rank": run.rank, "world_size": run.world_size, "engine": run.engine}
+    with run.accumulate(nn.Identity()) as seen["steps with each micro-batch"]:
+        pass
     seen["on_main"] = run.on_main(lambda: {"rank": run.rank})
     seen["on_main failed"] = caught(lambda: run.on_main(lambda: fail("no room")))
     seen["on_all"] = run.on_all(lambda: run.rank)
@@ -61,6 +65,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_two_cpu_processes_form_one_ddp_group(ranks: list[dict[str, Any]]) -> None:
     assert [(seen["rank"], seen["world_size"], seen["engine"]) for seen in ranks] == [(0, 2, "ddp"), (1, 2, "ddp")]
+
+
+def test_parts_of_a_batch_are_the_configurations_and_not_the_launchers(ranks: list[dict[str, Any]]) -> None:
+    assert all(seen["steps with each micro-batch"] for seen in ranks)
 
 
 def test_every_rank_gets_what_rank_0_found(ranks: list[dict[str, Any]]) -> None:

@@ -46,6 +46,14 @@ class FitConfig:
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0; set momentum 0.9 or leave nesterov off")
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """The fields that nothing reads beside the others, and why."""
+        of_steps = ("milestones", "step_factor") if self.schedule != "step" else ()
+        return dict.fromkeys(of_steps, f"schedule is {self.schedule}") | (
+            {} if self.weight_decay else {"decay": "weight_decay is 0"}
+        )
+
 
 def learning_rate(step: int, *, steps_per_epoch: int, config: FitConfig) -> float:
     """The learning rate of optimizer step ``step``, which counts from 0 up to epochs x steps_per_epoch."""

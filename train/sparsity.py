@@ -53,6 +53,11 @@ class SparsityConfig:
                 "use sparsity.method proximal, or say by sparsity.reconfigure_below what is near enough"
             )
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """The fields that nothing reads beside the others, and why."""
+        return {} if self.interval("") else {"reconfigure_below": f"reconfigure_every is {self.reconfigure_every}"}
+
 
 class GammaPenalty:
     """Adds the subgradient of ``weight * sum(|gamma|)``, or its proximal step, to an optimizer exactly once a step.

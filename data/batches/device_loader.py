@@ -15,7 +15,8 @@ from torch import Tensor
 
 from netslim.data.batches.pipelines import Augmentation
 from netslim.data.pixels import Reading
-from netslim.data.sources import DataConfig, Source, Split
+from netslim.data.sources import DataConfig
+from netslim.data.splits import Source, Split
 from netslim.data.store import SPLITS, decoded
 
 _BLOCK = 1024  # images that are sent to the device at once

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from netslim.data.batches.pipelines import Augmentation
 from netslim.data.pixels import UnreadableError, hush
-from netslim.data.sources import Split
+from netslim.data.splits import Split
 
 _Key = tuple[int, NDArray[np.int64]]  # epoch and samples of one batch
 

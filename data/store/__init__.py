@@ -6,6 +6,6 @@ else's business.
 
 from netslim.data.store.info import SPLITS, DataInfo, check_sizes, damaged
 from netslim.data.store.scan import decoded
-from netslim.data.store.write import prepare, prepared, stored
+from netslim.data.store.write import notes_here, prepare, prepared, stored
 
-__all__ = ["SPLITS", "DataInfo", "check_sizes", "damaged", "decoded", "prepare", "prepared", "stored"]
+__all__ = ["SPLITS", "DataInfo", "check_sizes", "damaged", "decoded", "notes_here", "prepare", "prepared", "stored"]

@@ -27,7 +27,7 @@ class DataInfo:
     mean: Triple  # of the training images per channel, in [0, 1]
     std: Triple
     size: int  # pixels
-    notes: tuple[str, ...] = ()  # what was left out, turned, scaled or cut of the images, in a line each
+    notes: tuple[str, ...] = ()  # what was left out, turned or cut of the images, or cannot be had here; a line each
 
 
 @validated(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from netslim.base import exclusive, replace_all
 from netslim.data.folder import FolderSplit
 from netslim.data.pixels import UnreadableError, look
-from netslim.data.sources import Source
+from netslim.data.splits import Source
 from netslim.data.store.findings import Findings
 from netslim.data.store.info import read_rules
 from netslim.data.store.scan import in_threads

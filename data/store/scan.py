@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netslim.data.pixels import Seen, UnreadableError, hush
-from netslim.data.sources import Split
+from netslim.data.splits import Split
 from netslim.data.store.info import Triple
 
 Sums = NDArray[np.int64]  # (2, 3): per channel the sum of the values and of their squares, then pixels by shape

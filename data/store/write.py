@@ -5,12 +5,11 @@ import json
 import shutil
 import sys
 import uuid
-import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from errno import EEXIST, ENOSPC, ENOTEMPTY
+from errno import EACCES, EEXIST, ENOSPC, ENOTDIR, ENOTEMPTY, EPERM, EROFS
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,16 @@ from tqdm import tqdm
 
 from netslim.base import exclusive, flush
 from netslim.data.pixels import Reading, UnreadableError
-from netslim.data.sources import DataConfig, Source, Split, open_source
+from netslim.data.sources import DataConfig, open_source, spare_cache
+from netslim.data.splits import Source, Split
 from netslim.data.store.findings import Findings
 from netslim.data.store.info import SPLITS, DataInfo, LoaderName, read_info, sha256, verify
 from netslim.data.store.older import RULES, choose_place
 from netslim.data.store.scan import Statistics, decoded
 
 _FORMAT = 1  # raise when the same settings give other bytes
+_NOT_TO_BE_WRITTEN = (EACCES, EPERM, EROFS, ENOTDIR, EEXIST)
+_REMEDY = "pip install 'netslim[ffcv]' after pkg-config, libopencv-dev and libturbojpeg0-dev"
 
 
 def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
@@ -46,7 +48,7 @@ def prepare(config: DataConfig, *, quiet: bool, check: bool = True) -> DataInfo:
                         _sweep(directory)
                     _write(directory, source, config, loader, quiet)
     info = verify(directory) if check else read_info(directory)[0]
-    return replace(info, notes=(*source.notes, *info.notes))
+    return replace(info, notes=(*source.notes, *info.notes, *notes_here(config)))
 
 
 def prepared(config: DataConfig) -> DataInfo | None:
@@ -66,21 +68,41 @@ def stored(config: DataConfig, source: Source) -> tuple[Path, int]:
 
 
 def choose_loader(config: DataConfig) -> LoaderName:
-    """The loader that "auto" stands for here; warns when it is the slower one.
+    """The loader that "auto" stands for here: the slower one where ffcv cannot be imported, as `prepare` notes.
 
     Raises ValueError when ffcv is asked for by name and cannot be imported.
     """
     if config.loader == "torch" or config.loader == "device":
         return config.loader
+    why = _why_no_ffcv()
+    if why is not None and config.loader == "ffcv":
+        raise ValueError(f"ffcv cannot be imported ({why}); {_REMEDY}, or --data.loader torch")
+    return "ffcv" if why is None else "torch"
+
+
+def _why_no_ffcv() -> str | None:
     try:
         from netslim.data import ffcv_door  # noqa: F401
     except (ImportError, OSError) as error:
-        remedy = "pip install 'netslim[ffcv]' after pkg-config, libopencv-dev and libturbojpeg0-dev"
-        if config.loader == "ffcv":
-            raise ValueError(f"ffcv cannot be imported ({error}); {remedy}, or --data.loader torch") from error
-        warnings.warn(f"ffcv cannot be imported ({error}): images load slower, by torch; {remedy}", stacklevel=3)
-        return "torch"
-    return "ffcv"
+        return str(error)
+    return None
+
+
+def notes_here(config: DataConfig) -> list[str]:
+    """What of the configuration cannot be had on this machine, in a line each."""
+    loader, lines = choose_loader(config), []
+    if config.loader == "auto" and loader == "torch":
+        unread = f", and data.quality {config.quality} is not read" * (config.quality is not None)
+        lines.append(f"ffcv cannot be imported ({_why_no_ffcv()}): images load slower, by torch{unread}; {_REMEDY}")
+    if loader == "ffcv":
+        from netslim.data.ffcv_door import most_threads
+
+        if config.num_workers > most_threads():
+            threads = f"{most_threads()} threads decode"
+            lines.append(f"data.num_workers {config.num_workers} is more than there are: {threads}")
+    if config.cache == spare_cache():
+        lines.append(f"nobody knows a home of this user, so that {config.cache} is the cache; name one by --data.cache")
+    return lines
 
 
 def _place(config: DataConfig, source: Source, loader: str, quiet: bool) -> Path:
@@ -107,11 +129,10 @@ def _explained(cache: Path) -> Iterator[None]:
     """Adds what to do to the errors of a cache that cannot be written."""
     try:
         yield
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise OSError(
-            error.errno, f"{cache} cannot be written ({error.strerror}); name another folder with --data.cache"
-        ) from error
     except OSError as error:
+        if error.errno in _NOT_TO_BE_WRITTEN:
+            why = f"{cache} cannot be written ({error.strerror}); name another folder with --data.cache"
+            raise OSError(error.errno, why) from error
         if error.errno != ENOSPC or "--data.cache" in str(error):
             raise
         raise _no_room(cache, "it filled up while the data was written") from error

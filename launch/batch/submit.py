@@ -16,7 +16,8 @@ from netslim.launch.batch.slurm import (
     split_flags,
 )
 from netslim.launch.config import RunConfig, run_directory
-from netslim.launch.presets import list_presets, read_preset
+from netslim.launch.presets import find_preset, list_presets, read_preset
+from netslim.launch.reading import warn_of_unread
 from netslim.launch.run import check_batch, check_network, claim
 
 SCRIPT = "submit.sh"
@@ -37,12 +38,14 @@ def submit_run(arguments: Sequence[str], description: str) -> int:
     if slurm.dry_run:
         print(text, end="")
         return 0
-    check_run(config, Shape.of(slurm, config))
+    shape = Shape.of(slurm, config)
+    check_run(config, shape)
+    warn_of_unread(find_preset(preset)(), config, of_job(config, shape))
     claim(directory, preset, config)
     job = write_and_submit(directory / SCRIPT, text)
     log = directory / f"slurm-{job}.log"
     print(
-        f"job {job}: {preset} in {Shape.of(slurm, config)}\nscript  {directory / SCRIPT}\nlog     {log}\n"
+        f"job {job}: {preset} in {shape}\nscript  {directory / SCRIPT}\nlog     {log}\n"
         f"follow  tail -F {shlex.quote(str(log))}\nstate   squeue --jobs {job}\nstop    scancel {job}"
     )
     return 0
@@ -52,6 +55,14 @@ def check_run(config: RunConfig, shape: Shape) -> None:
     """Raise ValueError for what would only fail once the job runs, as far as it can be seen from a login node."""
     check_network(config)
     check_batch(config, shape.world_size)
+
+
+def of_job(config: RunConfig, shape: Shape) -> dict[str, str]:
+    """The fields of processes on one machine that a job says otherwise, and how."""
+    found = {"max_restarts": "a job is put back into the queue instead, by --requeues"}
+    if config.num_processes not in (None, shape.processes):
+        found["num_processes"] = f"the job has {shape.processes} on each node, by its GPUs or --processes-per-node"
+    return found
 
 
 def script_of_run(

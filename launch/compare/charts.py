@@ -92,6 +92,8 @@ class Chart:
             for index, weight in enumerate(weights if len(weights) <= MOST_IN_LEGEND else ()):
                 marker, label = MARKERS[index % len(MARKERS)], f"lambda {weight:g}"
                 self.axes.plot([], [], color=color_of(index), marker=marker, linestyle="none", label=label)
+            if len(weights) > MOST_IN_LEGEND:
+                self.axes.plot([], [], linestyle="none", label=f"{len(weights)} lambdas: colours as on the page")
             self.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, columnspacing=1)
             for name, metadata in ((f"{self.name}.svg", {"Date": None}), (f"{self.name}.png", {})):
                 self.figure.savefig(directory / name, dpi=150, facecolor="white", metadata=metadata)

@@ -227,6 +227,9 @@ def notes(found: Gathered, verdicts: Sequence[Verdict]) -> list[str]:
     if other:
         more = f", and {len(other) - _MOST_DIFFERENCES} more" * (len(other) > _MOST_DIFFERENCES)
         lines.append(f"The runs also differ in {', '.join(other[:_MOST_DIFFERENCES])}{more}.")
+    unknown = [each for verdict in verdicts for each in verdict.candidates if each.size(verdict.by) is None]
+    if unknown:
+        lines.append(f"{len(unknown)} of the networks cannot be chosen: their {verdicts[0].by} was not measured.")
     return lines
 
 

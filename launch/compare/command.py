@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from netslim.launch.compare.choice import Size, Verdict, judge, notes
 from netslim.launch.compare.entries import Entry, Gathered, gather
-from netslim.launch.mistakes import naming
+from netslim.launch.mistakes import naming, warn
 from netslim.launch.reading import read_flags
 from netslim.launch.run import STAGE_NAMES
 from netslim.launch.tables import aligned, cell, csv_text, escaped, markdown, printable
@@ -60,7 +60,7 @@ def compare_runs(arguments: Sequence[str], description: str = "runs side by side
     columns = columns_of(found.entries)
     rows = sort_rows(rows_of(found.entries, verdicts), columns, config.sort, config.reverse)
     for warning in found.warnings:
-        print(f"netslim: warning: {warning}", file=sys.stderr)
+        warn(warning)
     print(_text(config.format, found, verdicts, columns, rows), flush=True)
     beside = sys.stdout if config.format == "table" else sys.stderr
     try:
@@ -69,10 +69,10 @@ def compare_runs(arguments: Sequence[str], description: str = "runs side by side
     except OSError as error:  # runs may be somebody else's: they are compared all the same
         if config.out is not None:
             raise
-        print(f"netslim: warning: the page is not written: {error.strerror}", file=sys.stderr)
+        warn(f"the page is not written: {error.strerror}")
     else:
         for warning in warnings:
-            print(f"netslim: warning: {warning}", file=sys.stderr)
+            warn(warning)
         print(printable(str(out)), file=beside, flush=True)
     if config.wandb:
         print(f"W&B workspace: {_save_workspace(found, config.runs)}", file=beside)
@@ -206,7 +206,7 @@ def _write_page(
 
 
 def _save_workspace(found: Gathered, paths: Sequence[Path]) -> str:
-    from netslim.launch.compare.workspace import save_workspace  # here: it imports W&B
+    from netslim.launch.compare.workspace import MOST_RUNS, save_workspace  # here: it imports W&B
 
     homes = {(config.record.project, config.record.entity) for _, config in found.configs}
     if len(homes) != 1:
@@ -218,4 +218,7 @@ def _save_workspace(found: Gathered, paths: Sequence[Path]) -> str:
     groups = list(dict.fromkeys(config.record.group or name for name, config in found.configs))
     names = [path.resolve().name for path in paths]
     more = f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES)
+    num_stages = len(found.sparse) + sum(len(entry.accuracy.keys() - {"sparse"}) for entry in found.entries)
+    if num_stages > MOST_RUNS:
+        warn(f"of {num_stages} stages the panels of the workspace show {MOST_RUNS}, unless its settings say more")
     return save_workspace(project, entity, groups, f"netslim {', '.join(names[:_MOST_NAMES])}{more}")

@@ -105,6 +105,7 @@ class _Place:
 
     path: Path
     name: str
+    why_failed: str | None = None
     is_of_sweep: bool = False
     weight: float | None = None
     seed: int | None = None
@@ -140,10 +141,12 @@ def _places(path: Path) -> Iterator[_Place]:
             f"there is no directory {path}; name run directories, as runs/digits, or a sweep's; {known_runs(path)}"
         )
     if (path / INDEX).is_file():
-        for member in Sweep.read(path).members:
-            yield _Place(path=path / member.name, name=member.name, is_of_sweep=True, **vars(member))
+        sweep = Sweep.read(path)
+        for member in sweep.members:
+            why = sweep.why_failed(member)
+            yield _Place(path=path / member.name, name=member.name, why_failed=why, is_of_sweep=True, **vars(member))
     elif any((path / name).is_file() for name in ("config.json", RESULTS)):
-        yield _Place(path=path, name=path.resolve().name)
+        yield _Place(path=path, name=path.resolve().name, why_failed=why_failed(path))
     else:
         raise ValueError(f"{path} is neither a run (no config.json) nor a sweep (no {INDEX}); name one, as runs/digits")
 
@@ -164,7 +167,7 @@ def _bare(place: _Place, state: str) -> Entry:
 def _read(place: _Place, found: Gathered) -> None:
     """Add what one run directory says."""
     is_sparse_only = place.is_of_sweep and place.ratio is None
-    trouble = _trouble(place.path)
+    trouble = _trouble(place)
     if not (place.path / "config.json").is_file():
         if (place.path / RESULTS).is_file():
             raise ValueError(f"{place.path}/config.json is missing; it says how the run was made")
@@ -182,11 +185,11 @@ def _read(place: _Place, found: Gathered) -> None:
         found.entries.append(dataclasses.replace(_bare(place, trouble), task=task_of(config), config=config))
 
 
-def _trouble(path: Path) -> str:
+def _trouble(place: _Place) -> str:
     """Why a run is not complete, where it left word of that."""
-    if (why := why_failed(path)) is not None:
-        return f"failed: {why}"
-    return "incomplete: preempted" if (path / PREEMPTED_MARK).exists() else ""
+    if place.why_failed is not None:
+        return f"failed: {place.why_failed}"
+    return "incomplete: preempted" if (place.path / PREEMPTED_MARK).exists() else ""
 
 
 def _results(path: Path) -> list[dict[str, Any]]:

@@ -101,10 +101,7 @@ def make_page(
         '<p class="hint">Select a heading to sort by it. Change: points of fine-tuned accuracy against the baseline. '
         "Seconds: all stages together. An empty field was not measured.</p>",
         _table(rows, columns, weights),
-        *(
-            _figures(group, weights, f"{each.verdict.task.network} on {each.verdict.task.data}" * (len(drawn) > 1))
-            for each, group in zip(drawn, charts, strict=True)
-        ),
+        *(_figures(each, group, weights, is_named=len(drawn) > 1) for each, group in zip(drawn, charts, strict=True)),
     ]
     return _document(title, "\n".join(body))
 
@@ -216,9 +213,10 @@ def _glyph(index: int) -> str:
     return f'<span class="dot" style="color: var(--series-{index % len(SERIES)})" aria-hidden="true">{marker}</span>'
 
 
-def _figures(charts: Sequence[Chart], weights: Sequence[float], about: str) -> str:
+def _figures(drawn: Drawn, charts: Sequence[Chart], weights: Sequence[float], *, is_named: bool) -> str:
     """The figures of one data set and network, under headings of their own."""
-    parts = [f"<h2>{_text(about) if about else 'Figures'}</h2>"]
+    task = drawn.verdict.task
+    parts = [f"<h2>{_text(f'{task.network} on {task.data}') if is_named else 'Figures'}</h2>"]
     shown = weights if len(weights) <= MOST_IN_LEGEND else []
     items = "".join(f"<li>{_glyph(index)}lambda {weight:g}</li>" for index, weight in enumerate(shown))
     parts.append(
@@ -229,9 +227,10 @@ def _figures(charts: Sequence[Chart], weights: Sequence[float], about: str) -> s
         own = [chart for chart in charts if chart.name.split("-", 1)[1].startswith(names)]
         if own:
             figures = "\n".join(_figure(chart) for chart in own)
-            parts.append(
-                f'<h3>{heading}</h3><p class="hint">{_EXPLAINED[heading]}</p><div class="figures">{figures}</div>'
-            )
+            hint = _EXPLAINED[heading]
+            if names == ("layers",) and len(own) < len(drawn.cuts):
+                hint += f" {len(own)} of {len(drawn.cuts)} cuts are drawn."
+            parts.append(f'<h3>{heading}</h3><p class="hint">{hint}</p><div class="figures">{figures}</div>')
     return "\n".join(parts)
 
 

@@ -7,6 +7,8 @@ from typing import Any, get_args
 from netslim.launch.run import StageName
 from netslim.train.record import Probe, has_key
 
+MOST_RUNS = 50
+"""That a panel shows."""
 _STAGES = get_args(StageName)
 _FIGURES = ("params", "macs", "file_mb", "latency_ms_1", "latency_ms_64")
 
@@ -56,7 +58,7 @@ def make_workspace(project: str, entity: str, groups: Sequence[str], name: str) 
                 ("Pruning", _pruning),
             )
         ],
-        settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=50),
+        settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=MOST_RUNS),
         runset_settings=ws.RunsetSettings(
             filters=ws.And(ws.Metric("Group").isin(list(groups))),
             # not `sparsity.weight` and `prune.ratio`: W&B takes a dot in a name for a level

@@ -1,7 +1,6 @@
 """The command ``netslim inspect``: what can be slimmed, and, once there is a sparse model, what that can bear."""
 
 import os
-import sys
 from collections.abc import Sequence
 from errno import EACCES
 from functools import partial
@@ -17,7 +16,7 @@ from netslim.launch.inspect.sparse import (
     inspect_sparse,
     largest_ratio,
 )
-from netslim.launch.mistakes import naming
+from netslim.launch.mistakes import naming, warn
 from netslim.launch.presets import PRESETS
 from netslim.launch.reading import take_path
 from netslim.launch.run import SPARSE, is_complete, read_json, read_target, start
@@ -54,10 +53,9 @@ def inspect_run(target: str, flags: Sequence[str]) -> int:
         if not code:
             _show(place, config.inspect.loss, is_kept=is_kept)
     if not code and not is_kept:
-        print(
-            f"netslim: warning: {run} cannot be written, so that {INSPECTION} and {PICTURE} are not kept; "
-            "name a folder for them with --out",
-            file=sys.stderr,
+        warn(
+            f"{run} cannot be written, so that {INSPECTION} and {PICTURE} are not kept; "
+            "name a folder for them with --out"
         )
     return code
 

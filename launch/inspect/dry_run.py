@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from netslim.data import Source, open_source
+from netslim.data import Source, notes_here, open_source
 from netslim.launch.config import RunConfig, run_directory, to_yaml
 from netslim.launch.inspect.demand import disk_lines, memory_line, own_memory, training_demand
 from netslim.launch.inspect.describe import build_first, map_first, predict_pull
@@ -57,6 +57,7 @@ def foresee(command: str, preset: str, config: RunConfig, commands: Sequence[str
         None,
         *_cut(config, model, channels),
         *_pull(config, model, channels, source),
+        *(f"warning: {note}" for note in (*(source.notes if source else ()), *notes_here(config.data))),
         *missing,
         None,
         memory_line(demand, config, num_processes, program, on_gpu=on_gpu),

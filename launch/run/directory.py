@@ -1,6 +1,5 @@
 """Stages meet in directories: the weights and the plan, the configuration, and metrics.json, written last."""
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from netslim.base import exclusive, replace_all
+from netslim.base import exclusive, is_held, replace_all
 from netslim.data import DataInfo
 from netslim.launch.config import RunConfig, differences, to_dict
-from netslim.launch.mistakes import naming
+from netslim.launch.mistakes import naming, warn
 from netslim.launch.reading import from_dict
 from netslim.launch.run.stage import SPARSE
 from netslim.launch.tables import printable
@@ -120,29 +119,29 @@ def why_failed(directory: Path) -> str | None:
 
 @contextmanager
 def occupied(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory, until this one ends or dies; raises ValueError where one is at work."""
+    """Keep other runs out of a directory, until this one ends or dies; raises ValueError where one is at work.
+
+    A file system without locks cannot keep them out, which is said.
+    """
     with ExitStack() as held:
         try:
-            held.enter_context(exclusive(directory / ".lock", wait=False))
+            is_kept = held.enter_context(exclusive(directory / ".lock", wait=False))
         except BlockingIOError:
             raise ValueError(
                 f"{directory} is in use by another run; wait until it has ended, or use another --run-dir"
             ) from None
+        if not is_kept:
+            warn(
+                f"the file system of {directory} has no locks, so that nothing keeps another run out of it: "
+                "start none there before this one has ended"
+            )
         yield
 
 
 def is_occupied(directory: Path) -> bool:
     """Whether a run is at work in a directory, as far as this machine can see; it may be somebody else's."""
-    if not (directory / ".lock").is_file():
-        return False
-    try:
-        with (directory / ".lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks, or a lock that may not be read: nobody can see
-        return False
-    return False
+    lock = directory / ".lock"
+    return lock.is_file() and is_held(lock)  # a pipe of this name would never open
 
 
 def claim(directory: Path, preset: str, config: RunConfig) -> None:

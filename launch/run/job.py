@@ -1,5 +1,6 @@
 """The job at hand: what every stage of a run shares, and what earlier stages left for later ones."""
 
+import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -115,8 +116,16 @@ class Job:
             device=self.run.device,
         )
         return Calibration(
-            read=lambda: (Chunk(*chunk) for chunk in loader), num_images=loader.num_images, example=loader.first(2)
+            read=lambda: (Chunk(*chunk) for chunk in loader),
+            num_images=loader.num_images,
+            example=loader.first(2),
+            say=self.warn,
         )
+
+    def warn(self, line: str) -> None:
+        """Say what a user should know of the stage at hand, from rank 0."""
+        if self.run.is_main:
+            print(f"{self.run.place}: warning: {line}", file=sys.stderr, flush=True)
 
     def show(self, items: Collection[T], what: str) -> Iterable[T]:
         """The items behind a progress bar, or with a line now and then."""

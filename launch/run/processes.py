@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from netslim.launch.config import RunConfig
-from netslim.launch.mistakes import LAUNCHER_VARIABLE, MISTAKE, PREEMPTED
-from netslim.train import LostRankError, check_devices, num_gpus
+from netslim.launch.mistakes import LAUNCHER_VARIABLE, MISTAKE, PREEMPTED, warn
+from netslim.train import LostRankError, asks_for_cpu, check_devices, num_gpus
 
 _OF_A_GROUP = re.compile(
     r"((LOCAL|GROUP)_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+|PET_\w+"
@@ -119,6 +120,33 @@ def is_of_netslim() -> bool:
     return LAUNCHER_VARIABLE in os.environ
 
 
+def of_launcher(config: RunConfig) -> dict[str, str]:
+    """The fields that say to `netslim` what another launcher was told by its own flags, and how that differs."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    found = {"max_restarts": "the launcher has its own"}
+    if config.num_processes not in (None, started):
+        found["num_processes"] = f"the launcher started {started}"
+    return found
+
+
+def warn_of_overruled(config: RunConfig) -> None:
+    """Say which choices of a launcher, which Accelerate passes on by the environment, the configuration overrules."""
+    clips: set[object] = {config.sparsify.clip, config.finetune.clip}
+    own: dict[str, tuple[str, set[object]]] = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("engine.accumulation", {config.engine.accumulation}),
+        "ACCELERATE_GRADIENT_CLIPPING": ("sparsify.clip and finetune.clip", clips),
+        # without one of ours the launcher's is taken
+        **({"ACCELERATE_DEEPSPEED_ZERO_STAGE": ("engine.zero", {config.engine.zero})} if config.engine.zero else {}),
+    }
+    told = [
+        f"{variable} {os.environ[variable]} (by {fields} {' and '.join(map(str, values))})"
+        for variable, (fields, values) in own.items()
+        if variable in os.environ and {os.environ[variable]} != {*map(str, values)}
+    ]
+    if told and os.environ.get("RANK", "0") == "0":
+        warn(f"the configuration overrules {', '.join(told)}")
+
+
 def warn_of_missing_processes() -> None:
     """Say where `accelerate launch` started fewer processes than its flags or its file ask for, which it does not."""
     asked, started = _processes_asked_for(), int(os.environ.get("WORLD_SIZE", "1"))
@@ -130,11 +158,7 @@ def warn_of_missing_processes() -> None:
         if started == 1
         else "each machine gets its whole share: give a multiple of the number of machines"
     )
-    print(
-        f"netslim: warning: accelerate launch was asked for {asked} processes and started {started}; {remedy}",
-        file=sys.stderr,
-        flush=True,
-    )
+    warn(f"accelerate launch was asked for {asked} processes and started {started}; {remedy}")
 
 
 def _processes_asked_for() -> int | None:
@@ -180,12 +204,17 @@ def ignore_other_launchers() -> None:
         return
     for name in found:
         del os.environ[name]
-    print(
-        f"netslim: warning: ignores {', '.join(found)} of the environment, since it starts its processes itself; "
-        "under a launcher use python -m netslim.launch.recipe",
-        file=sys.stderr,
-        flush=True,
+    warn(
+        f"ignores {', '.join(found)} of the environment, since it starts its processes itself; "
+        "under a launcher use python -m netslim.launch.recipe"
     )
+
+
+@cache
+def warn_of_cpu() -> None:
+    """Say, once, that what could have run on GPUs runs on the CPU, and who says so."""
+    why = "ACCELERATE_USE_CPU asks for that" if asks_for_cpu() else "torch finds no GPU"
+    warn(f"computes on the CPU: {why}; with --cpu that is meant")
 
 
 def count_processes(config: RunConfig) -> int:
@@ -193,6 +222,8 @@ def count_processes(config: RunConfig) -> int:
     ignore_other_launchers()
     if config.cpu:
         os.environ["ACCELERATE_USE_CPU"] = "1"
+    elif not num_gpus():
+        warn_of_cpu()
     num_processes = config.num_processes or max(1, num_gpus())
     check_devices(config.engine, num_processes)
     return num_processes

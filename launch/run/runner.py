@@ -26,10 +26,10 @@ class Training:
     config: FitConfig
     gammas: Sequence[nn.Parameter] = ()
     slimming: InFlight | None = None
-    says: str = ""
-    """Said before it begins."""
+    says: Sequence[str] = ()
+    """Lines to be said before it begins."""
     warns: Sequence[str] = ()
-    """Warnings to be said with it."""
+    """Warnings to be said then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +87,10 @@ def _train(job: Job, stage: Stage, made: Made, training: Training, record: Recor
     store = Store(job.path(stage) / "checkpoints", config.checkpoint.keep)
     saver = Saver(store, job.run, config.checkpoint, identity)
     saver.check_room(made.model)
-    if training.says:
-        record.say(training.says)
-        for line in training.warns:
-            record.say(line, warning=True)
+    for line in training.says:
+        record.say(line)
+    for line in training.warns:
+        record.say(line, warning=True)
     metrics = fit(
         made.model,
         job.loaders.train,

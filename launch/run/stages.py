@@ -41,12 +41,21 @@ def sparsify(job: Job, stage: Stage) -> Made:
         example = job.run.on_main(lambda: job.test_images(2).cpu()).to(job.run.device)
         most = _most_in_flight(config.prune, stage.turn)
         slimming = InFlight(dense, model, plan, channels, rules, config.sparsity, job.run, example, most)
-    says = "; ".join([*start, channels.summary(rules.coupling)])
-    warns = cautions(dense, channels, rules.coupling)
+    has_weights = config.model.weights is not None  # of which it is said what was taken; else what is overwritten
+    says = ["; ".join([*(start if has_weights else []), channels.summary(rules.coupling)])]
+    warns = [*([] if has_weights else start), *cautions(dense, channels, rules.coupling)]
     if stage.turn.number == 1:
+        says += _left_out(config.data.batch_size, job.loaders.info.num_train)
         warns = [*job.loaders.info.notes, *warns, *_foreseen(job, dense)]
     training = Training(config=config.sparsify, gammas=gammas, slimming=slimming, says=says, warns=warns)
     return Made(model=model, plan=plan, training=training)
+
+
+def _left_out(batch_size: int, num_images: int) -> list[str]:
+    """Say how many images an epoch leaves out, since no batch would be full of them; no line where it takes all."""
+    steps, left = divmod(num_images, batch_size)
+    which = f"{left} of the {num_images:,}, others each time"
+    return [f"an epoch is {steps:,} steps of {batch_size} images, and leaves out {which}"] if left else []
 
 
 def _foreseen(job: Job, dense: nn.Module) -> list[str]:
@@ -73,13 +82,13 @@ def prune(job: Job, stage: Stage) -> Made:
     channels = map_channels(sparse, job.blank_image, config.prune.coupling)
     scores = job.scores(source, sparse, channels)
 
-    def decide() -> tuple[str, float, tuple[str, ...]]:
+    def decide() -> tuple[str, float, bool, tuple[str, ...]]:
         images = job.test_images(16)
         made = cut_proved(sparse, channels, images, ratio, config.prune.rules, scores)
         plan = replace(made.plan, origin=job.origin)
-        return plan.to_json(), made.difference, made.notes
+        return plan.to_json(), made.difference, made.is_double, made.notes
 
-    text, difference, notes = run.on_main(decide)
+    text, difference, is_double, notes = run.on_main(decide)
     plan = Plan.from_json(text)
     small = cut(sparse, plan)
     run.check_same(plan.digest, f"at ratio {ratio}: the kept channels")
@@ -101,7 +110,8 @@ def prune(job: Job, stage: Stage) -> Made:
         says=lambda accuracy: (
             f"{plan.num_removed} of {plan.num_channels} channels removed ({plan.rules or 'no rules'}), "
             f"accuracy {accuracy:.4f}, cut and masked network differ by {difference:.1e}"
-            + "".join(f"; {note}" for note in notes)
+            + " in their own precision, since they do not run in float64" * (not is_double)
+            + "".join(f"; {note}" for note in (*plan.departures, *notes))
         ),
         tables={"channels": rows},
         pictures=picture_cut(rows, list(gammas.values()), plan),
@@ -131,6 +141,7 @@ def restore(job: Job, stage: Stage) -> Made:
     repaired, outcome = repair(sparse, small, plan, job.calibration, job.config.repair)
     job.run.check_equal(repaired, f"after the repair at ratio {stage.ratio}")
     seconds = time.perf_counter() - started
+    images = f"by all {job.num_calibration:,} training images, " * (job.num_calibration < job.config.repair.images)
     return Made(
         model=repaired,
         plan=plan,
@@ -142,7 +153,7 @@ def restore(job: Job, stage: Stage) -> Made:
             "repair_seconds": seconds,
             "plan_digest": plan.digest,
         },
-        says=lambda accuracy: f"{outcome}, in {seconds:.1f} s, accuracy {accuracy:.4f}",
+        says=lambda accuracy: f"{outcome}, {images}in {seconds:.1f} s, accuracy {accuracy:.4f}",
     )
 
 
@@ -150,6 +161,7 @@ def finetune(job: Job, stage: Stage) -> Made:
     """Train the small network without the penalty, from one of the starts."""
     (source,) = stage.sources(job.config)
     small, plan = job.read(source), job.read_plan(source)
-    if stage.kind is Kind.SCRATCH:
-        initialise(small, job.config.model, job.config.seed)
-    return Made(model=small, plan=plan, training=Training(config=job.config.finetune))
+    kept = initialise(small, job.config.model, job.config.seed) if stage.kind is Kind.SCRATCH else []
+    what = f"{len(kept)} parameters are not new, since no module around them says how they begin: {', '.join(kept[:3])}"
+    warns = [what + ", ..." * (len(kept) > 3)] if kept else []
+    return Made(model=small, plan=plan, training=Training(config=job.config.finetune, warns=warns))

@@ -12,17 +12,21 @@ import torch
 from netslim.data import DataConfig, DataInfo, Loaders, Shard, check_batch_size, open_loaders, open_source, prepare
 from netslim.launch.config import RunConfig, run_directory
 from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
-from netslim.launch.reading import parse
+from netslim.launch.reading import parse, warn_of_unread
 from netslim.launch.run.directory import PREEMPTED_MARK, check_same, claim, occupied, preset_of_run
 from netslim.launch.run.job import Job
 from netslim.launch.run.processes import (
     count_processes,
     end_with_launcher,
+    is_of_netslim,
     keep_freed_memory,
     launch,
+    of_launcher,
+    warn_of_cpu,
     warn_of_missing_processes,
+    warn_of_overruled,
 )
-from netslim.train import Preempted, Runtime, build_model, check_model, check_values, num_gpus
+from netslim.train import Preempted, Runtime, asks_for_cpu, build_model, check_model, check_values, num_gpus
 
 Work = Callable[[Job], None]
 """What all ranks of a run do together."""
@@ -108,6 +112,11 @@ def enter(module: str, about: str, work: Work, *, reads_only: bool = False) -> N
     config = read_preset(module, preset, flags)
     end_with_launcher()
     warn_of_missing_processes()
+    if not is_of_netslim():
+        warn_of_unread(find_preset(preset)(), config, of_launcher(config))
+        warn_of_overruled(config)
+        if os.environ.get("RANK", "0") == "0" and not (config.cpu or asks_for_cpu() or num_gpus()):
+            warn_of_cpu()
     work_each(preset, [(config, work)], reads_only=reads_only)
 
 

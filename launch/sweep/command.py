@@ -11,10 +11,10 @@ from pydantic.dataclasses import dataclass
 
 from netslim.data import prepare
 from netslim.launch.batch import SlurmConfig, describe_flags, queued, split_flags
-from netslim.launch.config import RunConfig, differences, to_dict
-from netslim.launch.mistakes import INTERRUPTED, PREEMPTED
+from netslim.launch.config import RunConfig, differences, to_dict, unread_fields
+from netslim.launch.mistakes import INTERRUPTED, PREEMPTED, warn
 from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
-from netslim.launch.reading import read_flags, recorded_as
+from netslim.launch.reading import read_flags, recorded_as, warn_of_unread
 from netslim.launch.run import METRICS, PREEMPTED_MARK, check_batch, check_network, count_processes, launch, read_row
 from netslim.launch.sweep.grid import INDEX, Member, Sweep
 from netslim.launch.sweep.jobs import submit_members
@@ -61,9 +61,11 @@ def sweep_runs(arguments: Sequence[str], description: str, compare: Compare) -> 
     if config.status:
         print(format_status(sweep))
         return 0
-    if jobs and not config.slurm:
-        raise ValueError(f"{jobs[0]} is for jobs of SLURM; give --slurm too, or leave it out")
+    if not config.slurm and (of_jobs := [*jobs, *(["--limit"] if config.limit is not None else [])]):
+        raise ValueError(f"{of_jobs[0]} is for jobs of SLURM; give --slurm too, or leave it out")
     check_network(sweep.base)
+    if os.environ.pop("WANDB_RUN_ID", None) is not None:
+        warn("ignores WANDB_RUN_ID: it names one run, and a sweep has many")
     return submit_members(sweep, jobs, config.limit) if config.slurm else run_members(sweep, compare)
 
 
@@ -82,6 +84,7 @@ def new_sweep(preset: str, config: SweepConfig, flags: Sequence[str]) -> Sweep:
         return before
     if before is not None:
         base = recorded_as(before.base.record, base, directory, flags)
+    warn_of_unread(find_preset(preset)(), base, unread_fields(base))
     members = grid(config, base)
     if len(members) > _MANY and not config.yes:
         raise ValueError(f"the grid has {len(members):,} members; give --yes if that is meant")
@@ -135,8 +138,6 @@ def run_members(sweep: Sweep, compare: Compare) -> int:
     """Run what is not done here, one member after the other; a member that fails does not keep the others from it."""
     num_processes = count_processes(sweep.base)
     check_batch(sweep.base, num_processes)
-    if os.environ.pop("WANDB_RUN_ID", None) is not None:
-        print("netslim: warning: ignores WANDB_RUN_ID: it names one run, and a sweep has many", file=sys.stderr)
     todo = [member for member in sweep.members if not sweep.is_done(member)]
     sweep.make(todo)
     sweep.write()
@@ -199,7 +200,7 @@ def format_status(sweep: Sweep) -> str:
         try:
             queue = queued()
         except ValueError as error:  # on another machine, or while SLURM is down: the directories say the rest
-            print(f"netslim: warning: which jobs wait or run is not known: {error}", file=sys.stderr)
+            warn(f"which jobs wait or run is not known: {error}")
     lines = [("member", "state", "accuracy", "job")]
     for member in sweep.members:
         state = printable(sweep.state(member, queue))

@@ -144,6 +144,13 @@ class Sweep:
     def mark_failed(self, member: Member, why: str) -> None:
         (self.path(member) / FAILED_MARK).write_text(f"{why}\n", encoding="utf-8")
 
+    def why_failed(self, member: Member) -> str | None:
+        """Why a member failed, or that its sparse model did, without which it is never run; None: neither did."""
+        why = why_failed(self.path(member))
+        if why is None and member.ratio is not None and why_failed(self.path(member.sparse)) is not None:
+            return f"its sparse model, {member.sparse.name}, did"
+        return why
+
     def state(self, member: Member, queue: Mapping[str, str]) -> str:
         """How far a member is; ``queue`` is what SLURM says of jobs that have not ended."""
         path, job = self.path(member), self.jobs.get(member.name, "")
@@ -156,6 +163,6 @@ class Sweep:
             return queue[job].lower()
         if is_occupied(path):
             return "running"
-        if (why := why_failed(path)) is not None:
+        if (why := self.why_failed(member)) is not None:
             return f"failed: {why}"
         return "preempted" if (path / PREEMPTED_MARK).is_file() else "waiting"

@@ -166,6 +166,26 @@ class Plan:
         """Channels that only a floor holds, per BatchNorm where there are any."""
         return {layer.name: layer.spared for layer in self.layers if layer.spared}
 
+    @cached_property
+    def restored(self) -> int:
+        """Channels that stay because widths are rounded up."""
+        return sum(layer.restored for layer in self.layers)
+
+    @property
+    def short(self) -> int:
+        """Channels that stay because classes of them go whole: so many fewer go than was asked."""
+        return self.num_asked - self.num_removed - self.restored
+
+    @property
+    def departures(self) -> tuple[str, ...]:
+        """Where the plan is not what the threshold alone would make, in a phrase each."""
+        counts = {
+            "stay by a floor, and others go instead": sum(self.spared.values()),
+            "come back by rounding": self.restored,
+            "fewer than asked, because classes of channels go whole": self.short,
+        }
+        return tuple(f"{count} {what}" for what, count in counts.items() if count)
+
     @property
     def digest(self) -> str:
         """The sha256 of the canonical JSON: equal plans have equal digests, in every process."""
@@ -221,9 +241,8 @@ class Plan:
             lines.append(f"{len(self.selections)} BatchNorms have a selection of channels before or after them")
         if str(self.rules):
             lines.append(f"rules: {self.rules}")
-        restored = sum(layer.restored for layer in self.layers)
-        if short := self.num_asked - self.num_removed - restored:
-            lines.append(f"{short} of {self.num_asked} stay because classes of channels go whole")
+        if self.short:
+            lines.append(f"{self.short} of {self.num_asked} stay because classes of channels go whole")
         limit = "none" if self.threshold is None else f"{self.threshold:.6g}"
         what = {"gamma": "|gamma|", "gamma_norm": "|gamma| x norm of its readers", "reconstruction": "share lost"}[
             self.rules.score
@@ -232,7 +251,8 @@ class Plan:
         what = what if self.rules.scope == "network" else f"rank of {what} in its {self.rules.scope}"
         lines.append(
             f"ratio {self.ratio} of {self.rules.target}: {self.num_removed} of {self.num_channels} prunable channels "
-            f"go; threshold {what} <= {limit}; floors spare {sum(self.spared.values())}, rounding restores {restored}"
+            f"go; threshold {what} <= {limit}; "
+            f"floors spare {sum(self.spared.values())}, rounding restores {self.restored}"
         )
         return "\n".join(lines)
 

@@ -50,6 +50,11 @@ class Rules:
     exclude: tuple[str, ...] = ()
     """Layers that lose no channel: names or patterns of them (`layer4.*`), or types (`Linear`)."""
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """The fields that nothing reads beside the others, and why."""
+        return {"reduce": "coupling is select"} if self.coupling == "select" else {}
+
     def __str__(self) -> str:
         """Name the rules that differ from the defaults."""
         usual = Rules()

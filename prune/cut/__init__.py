@@ -5,7 +5,7 @@ is known here alone: others find a BatchNorm of a cut network by `norm_of`.
 """
 
 from netslim.prune.cut.optimizer import carry
-from netslim.prune.cut.proof import TOLERANCE, largest_difference, prove, relative_difference
+from netslim.prune.cut.proof import TOLERANCE, largest_difference, proof_of, prove, relative_difference
 from netslim.prune.cut.surgery import cut, embed, masked, norm_of, scales_of, silenced
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "largest_difference",
     "masked",
     "norm_of",
+    "proof_of",
     "prove",
     "relative_difference",
     "scales_of",

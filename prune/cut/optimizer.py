@@ -48,7 +48,7 @@ def carry(
     Args: scheduler, of torch.optim.lr_scheduler, also one made of several.
     Returns: the optimizer, and with a scheduler both.
     Raises: ValueError if the plan is of another network, if the optimizer holds parameters that are not the model's, or
-    if the scheduler steps another optimizer.
+    state of another shape for one that is cut (as Adafactor's), or if the scheduler steps another optimizer.
     """
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise ValueError("the scheduler steps another optimizer; carry the one that was made for this optimizer")
@@ -65,8 +65,14 @@ def carry(
             )
         name = names[id(parameter)]
         home, _, own = name.rpartition(".")
-        memo[id(parameter)] = small.get_submodule(f"{home}.norm" if home in surrounded else home).get_parameter(own)
-        for value in optimizer.state.get(parameter, {}).values():
+        kept = small.get_submodule(f"{home}.norm" if home in surrounded else home).get_parameter(own)
+        memo[id(parameter)] = kept
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape != kept.shape:
+                raise ValueError(
+                    f"the optimizer's {key} of '{name}' is {tuple(value.shape)}, which the cut does not say how to "
+                    "slice; make a new optimizer for the cut network"
+                )
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 if home in layers and own in OWN:
                     memo[id(value)] = sliced(layers[home], own, value, parts[home])

@@ -93,6 +93,11 @@ def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Example) -> f
 
     Raises: ValueError where the network's own outputs are NaN or infinite, so that there is nothing to compare with.
     """
+    return proof_of(model, small, plan, example)[0]
+
+
+def proof_of(model: nn.Module, small: nn.Module, plan: Plan, example: Example) -> tuple[float, bool]:
+    """Prove as `prove` does; gives the difference, and whether both networks ran in float64 for it."""
     difference, is_double = _measured(model, small, plan, example)
     tolerance = TOLERANCE if is_double else TOLERANCE_SINGLE
     if math.isinf(difference) and not _is_finite(model, masked(model, plan), example):
@@ -105,7 +110,7 @@ def prove(model: nn.Module, small: nn.Module, plan: Plan, example: Example) -> f
             f"the cut network differs from the masked one by {difference:.2g}, more than {tolerance:g}: "
             "the network does something that its channel map does not show; please report it with the network"
         )
-    return difference
+    return difference, is_double
 
 
 def relative_difference(have: Sequence[Tensor], want: Sequence[Tensor]) -> float:

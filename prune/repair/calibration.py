@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class Calibration:
     """Adds float64 tensors elementwise; the result is the same on every rank."""
     show: Show = lambda items, what: items
     """Gives the items of a long loop, and may show how far it is: a progress bar."""
+    say: Callable[[str], object] = lambda line: warnings.warn(line, stacklevel=2)
+    """Is told, on every rank, a line of what is left out of a measure."""
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,8 @@ def elimination_scores(
 
     On several ranks all get the same scores. Memory is that of the second moments of all layers' inputs, whatever the
     number of images. Of a layer with more than 10,240 weights for each output none are taken: to it a channel is worth
-    all that it gives, as if others could not make up for it; a warning says so. The model is left in the mode it is in.
+    all that it gives, as if others could not make up for it. What else reads a channel than torch's Conv2d and Linear,
+    called once, does not count. Lines say so. The model is left in the mode it is in.
 
     Raises: ValueError if activations are not finite.
     """
@@ -130,12 +130,22 @@ def _read(model: nn.Module, channels: ChannelMap, unit_of: Ints, calibration: Ca
         if isinstance(layer := once.get(end.name), nn.Conv2d | nn.Linear)
         and (unit_of[list(end.inputs)] != _STAYS).any()
     }
+    norms_of_map = {layer.name for layer in channels.layers}
+    odd = [
+        repr(end.name)
+        for end in channels.modules
+        if end.name not in (layers.keys() | norms_of_map) and (unit_of[list(end.inputs)] != _STAYS).any()
+    ]
+    if odd:
+        calibration.say(
+            f"the score reconstruction leaves out what channels are worth to {few(odd)}: they are no Conv2d or Linear "
+            "of torch's that a forward pass calls once"
+        )
     wide = [name for name, (layer, _) in layers.items() if is_wide(layer.weight[0].numel(), _groups(layer))]
     if wide:
-        warnings.warn(
+        calibration.say(
             f"the score reconstruction does not solve {few([repr(name) for name in wide])}: more than {WIDEST} weights "
-            "for each output would take too much memory, so what a channel gives to them counts in full",
-            stacklevel=4,
+            "for each output would take too much memory, so what a channel gives to them counts in full"
         )
     readers: list[_Reader | _Wide] = []
     for name in wide:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from netslim.prune.map import few
-from netslim.prune.record import Questions, on_a_copy, recorded
+from netslim.prune.record import PRODUCING, Questions, layers_of, on_a_copy, recorded
 from netslim.prune.repair.calibration import FEWEST, num_fitted
 
 POSITIONS = 32
@@ -91,7 +91,17 @@ def foreseen(network: nn.Module, example: Tensor, num_images: int) -> list[str]:
         return [f"cut networks will not be repaired: {few_images}"]
     systems = systems_of(network, example)
     lines = said(systems, left_of(systems, num_fitted(num_images)), num_images)
-    return [f"{line} (of the whole network; a cut has fewer)" for line in lines]
+    return [*(f"{line} (of the whole network; a cut has fewer)" for line in lines), *unsolved(network, systems)]
+
+
+def unsolved(network: nn.Module, systems: Mapping[str, System]) -> list[str]:
+    """Say which layers are none that `reconstruct` solves, in a line; none where it solves all."""
+    every = [name for name, layer in layers_of(network).items() if isinstance(layer, PRODUCING)]
+    odd = [repr(name) for name in every if name not in systems]
+    if not odd:
+        return []
+    why = "they are no Conv2d or Linear of torch's that a forward pass calls once"
+    return [f"reconstruct leaves {len(odd)} of {len(every)} layers as they are: {few(odd)}, since {why}"]
 
 
 def left_of(systems: Mapping[str, System], num_fitted: int) -> list[str]:

@@ -24,6 +24,8 @@ def recalibrate(network: nn.Module, calibration: Calibration) -> list[str]:
     names = {norm: name for name, norm in network.named_modules()}
     met = []
     for norm, sums in _sums(network, calibration, as_in_training=True).items():
+        if not sums[-2]:  # a forward pass does not call it
+            continue
         assert norm.running_mean is not None, "measured, so it has them"
         assert norm.running_var is not None, "comes with the mean"
         mean, variance = _statistics(sums)
@@ -38,10 +40,10 @@ def recalibrate(network: nn.Module, calibration: Calibration) -> list[str]:
 def input_statistics(network: nn.Module, calibration: Calibration) -> dict[_BatchNorm, tuple[Tensor, Tensor]]:
     """Measure mean and variance, (channels,) float64, of what goes into each BatchNorm that has statistics.
 
-    Over all images and ranks; the BatchNorms before normalise by the running statistics.
+    Over all images and ranks; the BatchNorms before normalise by the running statistics. What is not called has none.
     """
     sums = _sums(network, calibration, as_in_training=False)
-    return {norm: _statistics(part) for norm, part in sums.items()}
+    return {norm: _statistics(part) for norm, part in sums.items() if part[-2]}
 
 
 def _statistics(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from netslim.prune.record import replica
 from netslim.prune.repair.absorption import absorb
 from netslim.prune.repair.balance import balance
 from netslim.prune.repair.calibration import FEWEST, Calibration, held_out_loss
-from netslim.prune.repair.foresight import left_of, said, systems_of, too_few
+from netslim.prune.repair.foresight import left_of, said, systems_of, too_few, unsolved
 from netslim.prune.repair.recalibration import recalibrate
 from netslim.prune.repair.reconstruction import reconstruct
 
@@ -41,6 +41,11 @@ class RepairConfig:
     images: Annotated[int, Field(ge=FEWEST)] = 2048
     """Training images to measure by, or all where there are fewer."""
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """The fields that nothing reads beside the others, and why."""
+        return {} if self.steps else dict.fromkeys(("auto", "balance"), "steps is empty")
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -62,7 +67,7 @@ class Repair:
     is_balanced: bool
     """Whether weights, gammas and statistics were changed together afterwards, to the same outputs (`balance`)."""
     notes: tuple[str, ...] = ()
-    """What the images cannot determine and was left as it is, in one line each."""
+    """What was left as it was, or undone, and why, in one line each."""
 
     @property
     def kept(self) -> tuple[Step, ...]:
@@ -116,7 +121,7 @@ def repair(
             systems = systems_of(network, calibration.example)
             left = left_of(systems, calibration.num_images - num_held_out)
             reconstruct(model, network, plan, calibration, left)
-            notes += said(systems, left, calibration.num_images)
+            notes += [*said(systems, left, calibration.num_images), *unsolved(network, systems)]
         else:
             single = recalibrate(network, calibration)
             if single:
@@ -133,8 +138,12 @@ def repair(
     if config.balance and any(step.is_kept for step in tried):
         network = replica(best, {})
         balance(network, calibration)
-        is_balanced = abs(held_out_loss(network, calibration)[0] - loss) <= SAME_LOSS * max(1.0, loss)
-        best = network if is_balanced else best
+        after, _ = held_out_loss(network, calibration)
+        is_balanced = abs(after - loss) <= SAME_LOSS * max(1.0, loss)
+        if is_balanced:
+            best = network
+        else:
+            notes.append(f"balance, which should change nothing, came to {after:.4f} and is undone")
     for module, old in zip(best.modules(), small.modules(), strict=True):
         module.training = old.training
     return best, Repair(loss_cut, tuple(tried), is_balanced, tuple(notes))

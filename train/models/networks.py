@@ -41,7 +41,7 @@ def build_model(
 ) -> nn.Module:
     """Build a network, the same on every rank: its weights are a function of the seed, and of the file they start from.
 
-    ``say`` is given a line of what was taken from the file.
+    ``say`` is given a line of what was taken from the file, or of gammas of a user's own that do not stay.
 
     Raises ValueError for an unknown name (naming the nearest), for a width that the network does not have, for whatever
     goes wrong in a user's own function, and for weights of another network; FileNotFoundError without their file.
@@ -55,24 +55,31 @@ def build_model(
             model = make_network(config.name, num_classes, config.width)
     if config.weights is not None:
         say(_start(model, config, config.weights, num_classes))
+    elif is_own(config.name) and config.initial_gamma == "auto" and (line := _overwritten(model, config)):
+        say(line)
     _set_gammas(model, config.first_gamma)
     return model
 
 
-def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> list[str]:
     """Initialise a network anew, in place, as a function of the seed: for one cut out of a wider one.
 
     The layers' own initialisation, then the one of `build_model`; what a cut took over from a wider network has the
     wrong scale.
+
+    Returns: the names of parameters that keep their values, since no module around them says how they begin.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for module in model.modules():
+        homes = []
+        for name, module in model.named_modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
+                homes.append(f"{name}." if name else "")
         _initialise(model)
     _set_gammas(model, config.anew.first_gamma)
+    return [name for name, _ in model.named_parameters() if not name.startswith(tuple(homes))]
 
 
 def make_network(name: str, num_classes: int, width: float) -> nn.Module:
@@ -130,6 +137,18 @@ def _start(model: nn.Module, config: ModelConfig, path: Path, num_classes: int) 
     line = start_from(model, path, num_classes, new_head=new_head, sha256=sha256)
     gamma = config.first_gamma
     return line if gamma is None else f"{line}; every gamma starts from model.initial_gamma {gamma:g} all the same"
+
+
+def _overwritten(model: nn.Module, config: ModelConfig) -> str:
+    """Say how many BatchNorms of a user's own network lose gammas that are not those of new ones; nothing if none."""
+    scales = [module.weight for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
+    trained = sum(bool((scale != 1).any()) for scale in scales)
+    if not trained:
+        return ""
+    return (
+        f"model.initial_gamma auto sets the gammas of {trained} of {len(scales)} BatchNorms, to which {config.name} "
+        f"gave others than 1, to {config.first_gamma:g}; --model.initial-gamma None keeps them"
+    )
 
 
 def _set_gammas(model: nn.Module, gamma: float | None) -> None:

@@ -4,7 +4,7 @@ Sums, checks and decisions over ranks are the same on each of them, BatchNorm st
 that is lost is named. Nothing else imports Accelerate, DeepSpeed or `torch.distributed`.
 """
 
-from netslim.train.ranks.engine import EngineConfig, check_devices, num_gpus
+from netslim.train.ranks.engine import EngineConfig, asks_for_cpu, check_devices, num_gpus
 from netslim.train.ranks.group import LostRankError, weights_digest
 from netslim.train.ranks.masters import Fragment, Masters, whole
 from netslim.train.ranks.runtime import Runtime
@@ -17,6 +17,7 @@ __all__ = [
     "LostRankError",
     "Masters",
     "Runtime",
+    "asks_for_cpu",
     "check_devices",
     "check_values",
     "combined",

@@ -62,6 +62,7 @@ def start_engine(config: EngineConfig) -> tuple[Accelerator, DeepSpeedPlugin | N
 
     Raises ValueError where the launcher's choice cannot work here.
     """
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # which Accelerate would take before what we say
     zero = _zero_plugin(config)
     if _uses_cpu() and zero is None:
         # Without it Accelerate finds no GPU and, in silence, makes each process a job of its own.
@@ -181,7 +182,11 @@ def num_gpus() -> int:
     return 0 if _uses_cpu() else torch.cuda.device_count()
 
 
+def asks_for_cpu() -> bool:
+    """Whether ACCELERATE_USE_CPU asks for the CPU, also where there are GPUs; in the words that Accelerate takes."""
+    return os.environ.get("ACCELERATE_USE_CPU", "0").lower() in {"1", "true", "t", "yes", "y", "on"}
+
+
 def _uses_cpu() -> bool:
-    """Whether processes compute on the CPU: no GPU is there, or ACCELERATE_USE_CPU asks for it."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "0").lower() in {"1", "true", "yes", "on"}
-    return asked or not torch.cuda.is_available()
+    """Whether processes compute on the CPU: no GPU is there, or they are asked to."""
+    return asks_for_cpu() or not torch.cuda.is_available()

@@ -88,6 +88,34 @@ class Masters:
         """Copy the optimizer's momentum of every parameter; zeros before the first step."""
         return self._gather(lambda fragment: self._optimizer.state.get(fragment.owner, {}).get("momentum_buffer"))
 
+    def keep_frozen(self) -> None:
+        """Have the optimizer leave alone what is frozen at a step, as torch's own does with what has no gradient.
+
+        A partition has a gradient for all that it holds: momentum and weight decay would go on moving it.
+        """
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        @torch.no_grad()
+        def look(*_: object) -> None:
+            frozen = (
+                each for each in self._fragments.values() if each is not None and not each.parameter.requires_grad
+            )
+            pieces = [fragment.of(held.detach()) for fragment in frozen for held in self._held(fragment)]
+            kept[:] = [(piece, piece.clone()) for piece in pieces]
+
+        @torch.no_grad()
+        def put_back(*_: object) -> None:
+            for piece, values in kept:
+                piece.copy_(values)
+
+        self._optimizer.register_step_pre_hook(look)
+        self._optimizer.register_step_post_hook(put_back)
+
+    def _held(self, fragment: Fragment) -> list[Tensor]:
+        """What the optimizer has of a piece: the owner of its values and, after a step, that of its momentum."""
+        momentum = self._optimizer.state.get(fragment.owner, {}).get("momentum_buffer")
+        return [fragment.owner, *([] if momentum is None else [momentum])]
+
     @torch.no_grad()
     def restore(self, weights: Mapping[str, Tensor], momenta: Mapping[str, Tensor]) -> None:
         """Write back what `weights` and `momenta` gave, on any engine and number of ranks."""

@@ -95,7 +95,9 @@ class Runtime(Group):
         zero_optimizer = wrapped.optimizer
         fragments = {name: zero_fragment(p, zero_optimizer, self.rank) for name, p in parameters.items()}
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
-        return Masters(shapes, fragments, optimizer, self.device, self.sum_over_ranks)
+        masters = Masters(shapes, fragments, optimizer, self.device, self.sum_over_ranks)
+        masters.keep_frozen()
+        return masters
 
     @contextmanager
     def accumulate(self, wrapped: nn.Module) -> Iterator[bool]:

@@ -16,7 +16,7 @@ from netslim.base import plainly
 from netslim.train.record.pace import Leg, Pace
 from netslim.train.record.wandb_content import Lineage, Picture, Table
 from netslim.train.record.wandb_run import WandbRun
-from netslim.train.record.wandb_server import Trial, of_environment, wandb_mode
+from netslim.train.record.wandb_server import Trial, mode_of_environment, of_environment, wandb_mode
 
 T = TypeVar("T")
 
@@ -35,7 +35,8 @@ def _directory() -> Path | None:
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class RecordConfig:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases: auto is online where a key is present, else offline; without an answer, offline."""
+    """Weights & Biases: auto is what WANDB_MODE, `wandb offline` or `wandb disabled` say, else online where a key is
+    present, else offline; without an answer, offline."""
     project: str = Field(default_factory=lambda: of_environment("PROJECT") or "netslim")
     """W&B project; WANDB_PROJECT says another default."""
     entity: str | None = Field(default_factory=lambda: of_environment("ENTITY"))
@@ -58,6 +59,10 @@ class RecordConfig:
     """Upload each stage's files as a W&B artifact, and link it to what it was made from."""
     progress_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How often a long stage says how far it is, where there is no terminal for a bar."""
+
+    def __post_init__(self) -> None:
+        if self.wandb == "auto":
+            mode_of_environment()  # refuses what it does not know, before anything starts
 
 
 OF_ENVIRONMENT = ("project", "entity", "group", "name", "notes", "job_type", "tags", "directory")
@@ -93,7 +98,7 @@ class Record:
         if is_main:
             directory.mkdir(parents=True, exist_ok=True)
             if wandb_mode(config.wandb) is not None:
-                self._wandb = WandbRun(
+                tracker = WandbRun(
                     wanted=config.wandb,
                     project=config.project,
                     entity=config.entity,
@@ -109,6 +114,7 @@ class Record:
                     is_last=is_last,
                     say=self.say,
                 )
+                self._wandb = tracker if tracker.is_wanted else None
 
     @property
     def wandb_id(self) -> str | None:

@@ -24,6 +24,7 @@ from netslim.train.record.wandb_server import (
     Probe,
     Trial,
     has_key,
+    mode_of_files,
     of_environment,
     set_up_wandb,
     wandb_mode,
@@ -32,6 +33,11 @@ from netslim.train.record.wandb_server import (
 # How long W&B may keep a process waiting: as a stage begins to record, for its pictures and artifacts, and at its end.
 # The first wait in vain is the last: what follows is recorded offline.
 INIT_SECONDS, EXTRA_SECONDS, FINISH_SECONDS = 20.0, 5.0, 15.0
+_IGNORED = {
+    "RESUME": "a stage goes on in the W&B run that its checkpoint names",
+    "CONSOLE": "what a run prints stays here",
+}
+"""Variables of W&B's for which there is no field, and why."""
 
 
 class WandbRun:
@@ -47,7 +53,8 @@ class WandbRun:
     stays_offline: ClassVar[bool] = False
     """Whether this process has waited for W&B in vain: no stage after that waits again."""
 
-    has_told_of_resuming: ClassVar[bool] = False
+    told: ClassVar[set[str]] = set()
+    """What this process has said of W&B's variables: each once, and not in every stage."""
 
     def __init__(
         self,
@@ -61,7 +68,13 @@ class WandbRun:
         say: Callable[..., None],
     ) -> None:
         trial = Trial.of_this_process()
+        self._say = say
         if trial is not None:  # the agent's wishes come first: the sweep sees no other project
+            for name, own, theirs in (("project", project, trial.project), ("entity", entity, trial.entity)):
+                if theirs and theirs != own:
+                    self._tell_once(
+                        f"record.{name} {own} is not taken: the sweep that this is a trial of is in {theirs}"
+                    )
             project, entity = trial.project or project, trial.entity or entity
         self._trial = trial if is_last else None
         # not from `random`: two runs with one seed would share it
@@ -73,10 +86,9 @@ class WandbRun:
             "dir": directory,
             **description,
         }
-        self._say = say
-        if of_environment("RESUME") and not WandbRun.has_told_of_resuming:
-            WandbRun.has_told_of_resuming = True
-            say("WANDB_RESUME is ignored: a stage goes on in the W&B run that its checkpoint names", warning=True)
+        for name, why in _IGNORED.items():
+            if of_environment(name) not in (None, "off"):
+                self._tell_once(f"WANDB_{name} is ignored: {why}")
         self._run: Any = None
         self._is_out = False
         self._is_resumed = False
@@ -85,9 +97,16 @@ class WandbRun:
         self._waiting: list[dict[str, Any]] = []
         """Epochs that ended before it was known whether there is a server."""
         self._probe: Probe | None = None
-        self._mode: Mode | None = self._attempt("start", lambda: wandb_mode(wanted, has_key))
+        self._mode: Mode | None = self._attempt("start", lambda: wandb_mode(wanted, has_key, mode_of_files))
+        self.is_wanted = self._mode is not None or self._is_out
+        """False where W&B's settings disable it."""
         if self._mode == "online" and not WandbRun.stays_offline:
             self._probe = self._attempt("start", Probe)
+
+    def _tell_once(self, line: str) -> None:
+        if line not in WandbRun.told:
+            WandbRun.told.add(line)
+            self._say(line, warning=True)
 
     def resume(self, metrics: Sequence[dict[str, Any]], run_id: str | None) -> None:
         """Go on in the run of an earlier process, which saw the epochs of these metrics."""

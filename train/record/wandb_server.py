@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,15 +19,30 @@ PROBE_SECONDS = 5.0
 _SWEEP, _RUN = "WANDB_SWEEP_ID", "WANDB_RUN_ID"
 _OF_A_RUN = (
     *(_SWEEP, _RUN, "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_GROUP", "WANDB_NAME", "WANDB_NOTES"),
-    *("WANDB_JOB_TYPE", "WANDB_TAGS", "WANDB_DIR", "WANDB_RESUME"),
+    *("WANDB_JOB_TYPE", "WANDB_TAGS", "WANDB_DIR", "WANDB_RESUME", "WANDB_MODE"),
 )
 """What W&B would take for every run of the process, whatever it is told of each."""
 Mode = Literal["online", "offline"]
+_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
+"""What WANDB_MODE may say, and what W&B calls that now. Not shared: rank 0 records alone."""
 
 
 def of_environment(name: str) -> str | None:
     """What a variable of W&B's says, without its prefix; None where it says nothing."""
     return os.environ.get(f"WANDB_{name}", "").strip() or None
+
+
+def mode_of_environment() -> str:
+    """The mode that WANDB_MODE says; "auto" where it says none. Raises ValueError for one that there is not here."""
+    said = of_environment("MODE")
+    if said is None:
+        return "auto"
+    if said not in _MODES:
+        raise ValueError(
+            f"WANDB_MODE is {said!r}; netslim takes {', '.join(_MODES)}, of W&B's own modes all but shared; set one of "
+            "them, or give --record.wandb, which wins over it"
+        )
+    return _MODES[said]
 
 
 @dataclass(frozen=True)
@@ -47,16 +63,30 @@ class Trial:
         return cls(sweep, run, os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_ENTITY"))
 
 
+@cache
+def mode_of_files() -> str:
+    """The mode that `wandb offline` or `wandb disabled` has left in W&B's settings; "online" where neither has.
+
+    Asked once, before `set_up_wandb` says another to look for a key.
+    """
+    return str(_settings().mode)
+
+
 def set_up_wandb() -> Any:
     """W&B's settings, from its files and the environment."""
+    mode_of_files()
+    # online: under a mode that the configuration overrides, W&B would look for no key
+    return _settings(mode="online")
+
+
+def _settings(**own: Any) -> Any:
     # its telemetry keeps a process from ending for as long as the server does not answer, after offline runs too
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     _give_logs_a_place()
     import wandb  # seconds to import, and not wanted everywhere
 
     with _without_runs():
-        # online: under a WANDB_MODE that the configuration overrides, W&B would look for no key
-        return wandb.setup(wandb.Settings(silent=True, mode="online")).settings
+        return wandb.setup(wandb.Settings(silent=True, **own)).settings
 
 
 def _give_logs_a_place() -> None:
@@ -95,11 +125,17 @@ def has_key() -> bool:
 
 
 def wandb_mode(
-    wanted: Literal["auto", "online", "offline", "disabled"], has_key: Callable[[], bool] = lambda: False
+    wanted: Literal["auto", "online", "offline", "disabled"],
+    has_key: Callable[[], bool] = lambda: False,
+    of_files: Callable[[], str] = lambda: "online",
 ) -> Mode | None:
-    """How to record; None is not at all. ``auto`` is what WANDB_MODE says, else online where there is a key."""
-    wish = os.environ.get("WANDB_MODE", "auto") if wanted == "auto" else wanted
-    wish = {"dryrun": "offline", "run": "online"}.get(wish, wish)  # older names
+    """How to record; None is not at all.
+
+    ``auto`` is what WANDB_MODE says, else what W&B's settings do, else online where there is a key.
+    """
+    wish = mode_of_environment() if wanted == "auto" else wanted
+    if wish == "auto" and (left := of_files()) != "online":
+        wish = _MODES[left]
     if wish == "disabled":
         return None
     if wish in ("online", "offline"):

@@ -182,7 +182,7 @@ class Saver:
         self.run.on_all(lambda: checked(lambda: check_tensors(training, snapshot)))
         progress = _restore(training, snapshot)
         record.resume(progress.metrics, snapshot.values.get("wandb_id"))
-        record.say(f"goes on from the checkpoint after step {step}")
+        record.say(f"goes on from the checkpoint after step {step}{_apart(snapshot, self.run)}")
         return progress
 
     def _check_identity(self, snapshot: Snapshot) -> None:
@@ -195,6 +195,15 @@ class Saver:
                 f"{self.store and self.store.directory} is of another run: {', '.join(sorted(differing))} "
                 "differ; use another --run-dir, or delete the directory"
             )
+
+
+def _apart(snapshot: Snapshot, run: Runtime) -> str:
+    """Say what tells a run that goes on from one that was never interrupted; nothing where nothing does."""
+    then, was_on_gpu = snapshot.values["world_size"], "ranks/0/rng/cuda" in snapshot.tensors
+    draws = "dropout draws other numbers"
+    if then != run.world_size:
+        return f", of {then} processes, as {run.world_size}: BatchNorm statistics are combined, and {draws}"
+    return f", of another kind of device: {draws}" if was_on_gpu != (run.device.type == "cuda") else ""
 
 
 def _own_state(training: Trainee, progress: Progress) -> dict[str, Tensor]:
