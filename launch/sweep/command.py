@@ -63,6 +63,7 @@ def sweep_runs(arguments: Sequence[str], description: str, compare: Compare) -> 
         return 0
     if jobs and not config.slurm:
         raise ValueError(f"{jobs[0]} is for jobs of SLURM; give --slurm too, or leave it out")
+    sweep.base.record.check_installed()
     check_network(sweep.base)
     return submit_members(sweep, jobs, config.limit) if config.slurm else run_members(sweep, compare)
 
