@@ -60,6 +60,7 @@ def carry_out(command: str, about: str, arguments: Sequence[str]) -> int:
 def run_stages(preset: str, config: RunConfig, commands: Sequence[str], flags: Sequence[str]) -> int:
     """Check, start the processes, wait for them, print the table."""
     num_processes = count_processes(config)
+    config.record.check_installed()
     check_network(config)
     check_batch(config, num_processes)
     directory = run_directory(preset, config)

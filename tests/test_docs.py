@@ -210,6 +210,10 @@ def look_for_file(words: Sequence[str]) -> None:
     assert path.is_file(), path
 
 
+def look_for_events(words: Sequence[str]) -> None:
+    assert len(list(Path(words[-1]).glob("*/tensorboard/events.*"))) == 4, "of each stage"
+
+
 def look_at_script(words: Sequence[str]) -> None:
     look_for_file(words)
     subprocess.run(["bash", "-n", ROOT / words[-1]], check=True)
@@ -224,6 +228,7 @@ INSTEAD: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "pip install": ("installs", look_for_extras),
     "python tests/bench/": ("measures, for minutes", look_for_file),
     "sbatch": ("needs SLURM, on which tests/test_launch_slurm.py runs such scripts", look_at_script),
+    "tensorboard": ("shows pages until it is stopped", look_for_events),
     "wandb": ("needs W&B's server; tests/test_launch_wandb.py has a stand-in and an agent", look_for_subcommand),
 }
 """By the words that a command begins with: why it is not run here, and what is looked at instead."""

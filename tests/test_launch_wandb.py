@@ -26,6 +26,7 @@ from stand_in import (
     wandb_runs,
     wandb_summary,
 )
+from test_train_trackers import held
 from torch import nn
 from whole_run import call as call_plainly
 
@@ -52,9 +53,13 @@ def call(*command: object, **environment: str) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> tuple[Path, str]:
-    """A short run of all stages, offline, with a key in its environment and artifacts; and what it printed."""
+    """A short run of all stages, offline, with a key in its environment and artifacts; and what it printed.
+
+    TensorBoard, which is always there to be tested, gets it too.
+    """
     run = tmp_path_factory.mktemp("wandb") / "tried"
     flags = [*SHORT, "--run-dir", run, "--data.cache", data_cache, "--record.artifacts", "--record.wandb", "offline"]
+    flags += ["--record.trackers", "tensorboard"]
     done = call(BIN / "netslim", "run", "digits", *flags)
     assert done.returncode == 0, done.stderr
     return run, done.stdout + done.stderr
@@ -110,6 +115,27 @@ def test_the_summary_has_the_stages_figures_and_what_came_before(
     assert (have["lambda"], have["world_size"]) == (0.01, 1)
     assert have["latency_ms_1"] > 0
     assert have["latency_ms_64"] > 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_tracker_gets_the_figures_and_settings_that_wandb_gets(
+    stage: str, run: Path, stages: dict[str, Path]
+) -> None:
+    (have,) = held("tensorboard", run / stage, "netslim")
+    lines = wandb_history(stages[stage]) if stage in ("sparse", "finetune-0.50") else []
+    for line in lines:
+        assert {key: dict(reversed(have.figures[key]))[line["epoch"]] for key in line} == pytest.approx(line, rel=1e-6)
+    # with a slash it is part of a table or a picture; the epoch of a stage that has none is W&B's own
+    summary = {
+        key: value
+        for key, value in wandb_summary(stages[stage]).items()
+        if isinstance(value, int | float) and "/" not in key and (lines or key != "epoch")
+    }
+    assert {key: points[-1][1] for key, points in have.figures.items()} == pytest.approx(summary, rel=1e-6)
+    assert have.settings == {
+        key: value if isinstance(value, str | int | float) else json.dumps(value)
+        for key, value in wandb_config(stages[stage]).items()
+    }
 
 
 def test_the_best_of_an_epoch_is_in_the_summary(run: Path, stages: dict[str, Path]) -> None:

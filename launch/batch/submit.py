@@ -53,6 +53,7 @@ def submit_run(arguments: Sequence[str], description: str) -> int:
 
 def check_run(config: RunConfig, shape: Shape) -> None:
     """Raise ValueError for what would only fail once the job runs, as far as it can be seen from a login node."""
+    config.record.check_installed()
     check_network(config)
     check_batch(config, shape.world_size)
 

@@ -34,6 +34,7 @@ def foresee(command: str, preset: str, config: RunConfig, commands: Sequence[str
     Raises ValueError or OSError where the command would be refused before it trains.
     """
     num_processes = count_processes(config)
+    config.record.check_installed()
     check_network(config)
     check_batch(config, num_processes)
     directory = run_directory(preset, config)

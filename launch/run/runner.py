@@ -112,7 +112,7 @@ def _train(job: Job, stage: Stage, made: Made, training: Training, record: Recor
 
 
 def _open_record(job: Job, stage: Stage) -> Record:
-    """The record of a stage; what W&B calls its config has the same names in every stage and every run."""
+    """The record of a stage; what trackers call its config has the same names in every stage and every run."""
     about = {
         "preset": job.preset,
         "world_size": job.run.world_size,
@@ -157,9 +157,9 @@ def _write(
 
 
 def _conclude(job: Job, stage: Stage, record: Record, metrics: Mapping[str, Any], made: Made) -> None:
-    """Say how a stage ended; in W&B also what the stages before it came to, and the artefacts it was made from."""
+    """Say how a stage ended; to trackers also what the stages before it came to, and in W&B what it was made from."""
     record.say(done_line(metrics))
-    if record.wandb_id is None:
+    if not record.has_summary:
         return
     known = accuracies(read_rows(job.directory), metrics["ratio"])
     about = {"lambda": job.config.sparsity.weight, "world_size": job.run.world_size}

@@ -110,6 +110,8 @@ def enter(module: str, about: str, work: Work, *, reads_only: bool = False) -> N
         print(f"{about}\n{list_presets()}")
         return
     config = read_preset(module, preset, flags)
+    if not reads_only:
+        config.record.check_installed()
     end_with_launcher()
     warn_of_missing_processes()
     if not is_of_netslim():

@@ -63,6 +63,7 @@ def sweep_runs(arguments: Sequence[str], description: str, compare: Compare) -> 
         return 0
     if not config.slurm and (of_jobs := [*jobs, *(["--limit"] if config.limit is not None else [])]):
         raise ValueError(f"{of_jobs[0]} is for jobs of SLURM; give --slurm too, or leave it out")
+    sweep.base.record.check_installed()
     check_network(sweep.base)
     if os.environ.pop("WANDB_RUN_ID", None) is not None:
         warn("ignores WANDB_RUN_ID: it names one run, and a sweep has many")

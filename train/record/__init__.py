@@ -1,7 +1,7 @@
-"""What a stage has to say in; lines on the terminal, metrics.jsonl and a Weights & Biases run out.
+"""What a stage has to say in; lines on the terminal, metrics.jsonl, a run in W&B and in other trackers out.
 
 No tracker can stop a training, or make it wait for more than seconds: what goes wrong with one is a warning line. How
-W&B is spoken to is nobody else's business.
+one is spoken to is nobody else's business.
 """
 
 from netslim.train.record.pace import Leg, Pace

@@ -1,4 +1,4 @@
-"""What a stage leaves behind while it runs: metrics.jsonl always, Weights & Biases where wanted."""
+"""What a stage leaves behind while it runs: metrics.jsonl always, W&B and other trackers where wanted."""
 
 import contextlib
 import json
@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from netslim.base import plainly
 from netslim.train.record.pace import Leg, Pace
+from netslim.train.record.tracker_run import TrackerRun
+from netslim.train.record.trackers import About, TrackerName, check_trackers
 from netslim.train.record.wandb_content import Lineage, Picture, Table
 from netslim.train.record.wandb_run import WandbRun
 from netslim.train.record.wandb_server import Trial, mode_of_environment, of_environment, wandb_mode
@@ -38,7 +40,7 @@ class RecordConfig:
     """Weights & Biases: auto is what WANDB_MODE, `wandb offline` or `wandb disabled` say, else online where a key is
     present, else offline; without an answer, offline."""
     project: str = Field(default_factory=lambda: of_environment("PROJECT") or "netslim")
-    """W&B project; WANDB_PROJECT says another default."""
+    """Project in W&B and Trackio, experiment in MLflow; WANDB_PROJECT says another default."""
     entity: str | None = Field(default_factory=lambda: of_environment("ENTITY"))
     """W&B user or team, by default that of WANDB_ENTITY; None is the key's own."""
     group: str | None = Field(default_factory=lambda: of_environment("RUN_GROUP"))
@@ -57,12 +59,20 @@ class RecordConfig:
     """Where W&B keeps its files, by default in WANDB_DIR; None is the run directory."""
     artifacts: bool = False
     """Upload each stage's files as a W&B artifact, and link it to what it was made from."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Trackers that get the same figures and settings beside W&B, each with an extra of its name."""
     progress_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How often a long stage says how far it is, where there is no terminal for a bar."""
 
     def __post_init__(self) -> None:
         if self.wandb == "auto":
             mode_of_environment()  # refuses what it does not know, before anything starts
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"record.trackers names a tracker twice in {self.trackers}; name each once")
+
+    def check_installed(self) -> None:
+        """Raise ValueError, which names the extra, for a tracker that is not installed; a run does so at its start."""
+        check_trackers(self.trackers)
 
 
 OF_ENVIRONMENT = ("project", "entity", "group", "name", "notes", "job_type", "tags", "directory")
@@ -73,8 +83,9 @@ class Record:
     """The record of one stage, kept by rank 0; on the other ranks every method does nothing. Use it with ``with``.
 
     ``directory`` gets ``metrics.jsonl``, a line an epoch, flushed at once. Progress bars show on a terminal only, else
-    there are lines. W&B starts with the first `epoch` or `finish`; what goes wrong with it is a warning line, and never
-    an exception. ``settings`` are the W&B run's config. Under ``wandb agent`` the stage that ``is_last`` is the trial.
+    there are lines. W&B and other trackers start with the first `epoch` or `finish`; what goes wrong with them is a
+    warning line, and never an exception. ``settings`` are the W&B run's config. Under ``wandb agent`` the stage that
+    ``is_last`` is the trial. Trackers need a `Runtime`, by which Accelerate knows the ranks.
     """
 
     def __init__(
@@ -95,31 +106,33 @@ class Record:
         self._path = directory / "metrics.jsonl"
         self._file: TextIO | None = None
         self._wandb: WandbRun | None = None
+        self._trackers: list[TrackerRun] = []
         if is_main:
             directory.mkdir(parents=True, exist_ok=True)
+            description = _describe(config, stage, run_name)
             if wandb_mode(config.wandb) is not None:
                 tracker = WandbRun(
                     wanted=config.wandb,
                     project=config.project,
                     entity=config.entity,
                     directory=config.directory or directory.parent,
-                    description={
-                        "group": config.group or run_name,
-                        "name": f"{config.name or run_name} {stage}",
-                        "job_type": config.job_type or stage.split("-")[0],
-                        "notes": config.notes,
-                        "tags": list(config.tags),
-                        "config": settings or {},
-                    },
+                    description={**description, "config": settings or {}},
                     is_last=is_last,
                     say=self.say,
                 )
                 self._wandb = tracker if tracker.is_wanted else None
+            about = About(directory=directory, project=config.project, settings=settings or {}, **description)
+            self._trackers = [TrackerRun(name, about, self.say) for name in config.trackers]
 
     @property
     def wandb_id(self) -> str | None:
         """The id of this stage's W&B run, for `resume`; None without W&B, and on the other ranks."""
         return self._wandb.id if self._wandb is not None else None
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether there is somewhere for `finish` to put it; not on the other ranks."""
+        return self._wandb is not None or bool(self._trackers)
 
     def say(self, line: str, *, warning: bool = False) -> None:
         """Print one line, from rank 0; a warning goes to stderr."""
@@ -143,6 +156,8 @@ class Record:
             self._file.flush()
         if self._wandb is not None:
             self._wandb.resume(metrics, wandb_id)
+        for tracker in self._trackers:
+            tracker.resume(metrics)
 
     def epoch(self, metrics: dict[str, Any], model: nn.Module, of: int | None = None) -> None:
         """Append one epoch's metrics, ``of`` so many; W&B also gets a histogram of |gamma| per BatchNorm."""
@@ -159,6 +174,8 @@ class Record:
         self.say(_epoch_line(metrics, of))
         if self._wandb is not None:
             self._wandb.log(metrics, model)
+        for tracker in self._trackers:
+            tracker.log(metrics)
 
     def finish(
         self,
@@ -168,9 +185,14 @@ class Record:
         pictures: Mapping[str, Picture] | None = None,
         lineage: Lineage | None = None,
     ) -> None:
-        """Make ``summary`` the W&B run's summary, and show there what else there is; nothing is drawn without W&B."""
+        """Make ``summary`` the run's summary in W&B and other trackers; W&B also shows what else there is.
+
+        Nothing is drawn without W&B.
+        """
         if self._wandb is not None:
             self._wandb.conclude(summary, tables or {}, pictures or {}, lineage)
+        for tracker in self._trackers:
+            tracker.conclude(summary)
 
     def __enter__(self) -> Self:
         return self
@@ -178,10 +200,23 @@ class Record:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
+        for tracker in self._trackers:
+            tracker.finish(failed=kind is not None)
         if self._file is not None:
             # after a failed write the rest can't be written either, and the first error is the one to report
             with contextlib.suppress(*([] if kind is None else [OSError])):
                 self._file.close()
+
+
+def _describe(config: RecordConfig, stage: str, run_name: str) -> dict[str, Any]:
+    """What every tracker calls a stage, and says of it."""
+    return {
+        "group": config.group or run_name,
+        "name": f"{config.name or run_name} {stage}",
+        "job_type": config.job_type or stage.split("-")[0],
+        "notes": config.notes,
+        "tags": list(config.tags),
+    }
 
 
 def _epoch_line(metrics: Mapping[str, Any], of: int | None) -> str:

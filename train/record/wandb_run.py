@@ -2,7 +2,6 @@
 
 import secrets
 import shlex
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +28,7 @@ from netslim.train.record.wandb_server import (
     set_up_wandb,
     wandb_mode,
 )
+from netslim.train.record.worker import Worker
 
 # How long W&B may keep a process waiting: as a stage begins to record, for its pictures and artifacts, and at its end.
 # The first wait in vain is the last: what follows is recorded offline.
@@ -170,7 +170,9 @@ class WandbRun:
             if made is not None:
                 log_drafts(self._run, used, made)
 
-        _in_time(log)
+        # online W&B asks the server about artifacts
+        with Worker("wandb-extras") as worker:
+            worker.do(log, EXTRA_SECONDS)
 
     def _start(self) -> None:
         if self._run is None:
@@ -257,25 +259,6 @@ def _log(run: Any, metrics: dict[str, Any]) -> None:
     # Numbered by the epoch: one that the server has from before a restart is dropped. Committed: the line would else
     # wait in memory for the next.
     run.log(metrics, step=metrics["epoch"], commit=True)
-
-
-def _in_time(act: Callable[[], None]) -> None:
-    """Raise what ``act`` does, and TimeoutError where it takes too long: online W&B asks the server about artifacts."""
-    troubles: list[Exception] = []
-
-    def body() -> None:
-        try:
-            act()
-        except Exception as error:
-            troubles.append(error)
-
-    thread = threading.Thread(target=body, name="wandb-extras", daemon=True)  # no reason for an interpreter to stay
-    thread.start()
-    thread.join(EXTRA_SECONDS)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer in {EXTRA_SECONDS:g} s")
-    if troubles:
-        raise troubles[0]
 
 
 def _directory(run: Any) -> str:
