@@ -1,8 +1,8 @@
 """An engine's configuration in; a `Runtime` out: this process among the ranks, and all that they do together.
 
 Sums, checks and decisions over ranks are the same on each of them, BatchNorm statistics those of all images; a rank
-that is lost is named. Nothing else imports DeepSpeed or `torch.distributed`, nor Accelerate, but for its launcher and its
-clients of trackers.
+that is lost is named. Nothing else imports DeepSpeed or `torch.distributed`, nor Accelerate but for its launcher and
+its clients of trackers.
 """
 
 from netslim.train.ranks.engine import EngineConfig, check_devices, num_gpus
