@@ -32,12 +32,21 @@ SUMMARY = {
     "latency_ms_64": None,
 }
 NAMES = [
-    pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}"))
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec(name) is None, reason=f"needs the extra: pip install '.[{name}]'"
+        ),
+    )
     for name in get_args(TrackerName)
 ]
 WITH_IDENTITY = [name for name in NAMES if name.values != ("tensorboard",)]
-needs_mlflow = pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="needs mlflow")
-needs_trackio = pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="needs trackio")
+needs_mlflow = pytest.mark.skipif(
+    importlib.util.find_spec("mlflow") is None, reason="needs the extra: pip install '.[mlflow]'"
+)
+needs_trackio = pytest.mark.skipif(
+    importlib.util.find_spec("trackio") is None, reason="needs the extra: pip install '.[trackio]'"
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 """An engine's configuration in; a `Runtime` out: this process among the ranks, and all that they do together.
 
 Sums, checks and decisions over ranks are the same on each of them, BatchNorm statistics those of all images; a rank
-that is lost is named. Nothing else imports DeepSpeed or `torch.distributed`, nor Accelerate, but for its launcher and
+that is lost is named. Nothing else imports DeepSpeed or `torch.distributed`, nor Accelerate but for its launcher and
 its clients of trackers.
 """
 
-from netslim.train.ranks.engine import EngineConfig, asks_for_cpu, check_devices, num_gpus
+from netslim.train.ranks.engine import EngineConfig, check_devices, num_gpus
 from netslim.train.ranks.group import LostRankError, weights_digest
 from netslim.train.ranks.masters import Fragment, Masters, whole
 from netslim.train.ranks.runtime import Runtime
@@ -18,7 +18,6 @@ __all__ = [
     "LostRankError",
     "Masters",
     "Runtime",
-    "asks_for_cpu",
     "check_devices",
     "check_values",
     "combined",

@@ -22,12 +22,12 @@ TrackerName = Literal["tensorboard", "mlflow", "trackio"]
 """Also the name of its package, and of our extra with it."""
 TITLES: dict[TrackerName, str] = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "trackio": "Trackio"}
 _MLFLOW_DEFAULTS = {
-    # three attempts, of 5 s each where nothing answers; by itself MLflow tries for minutes before it gives a line up
+    # three attempts, of 5 s each where nothing answers: by itself MLflow goes on for minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # its folder of plain files asks for this word since there is SQLite for a single machine; many a cluster's storage
-    # has no locks, by which SQLite lives
+    # It would rather have SQLite than plain files. That takes packages of its own and seconds to begin with, and locks,
+    # which many a cluster's storage does not have.
     "MLFLOW_ALLOW_FILE_STORE": "true",
 }
 _ADDRESS, _RUN_ID = "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"
@@ -174,7 +174,7 @@ def _open_trackio(about: About, identity: str | None, say: Say, changes: context
     name = identity or f"{about.name} {secrets.token_hex(4)}"
     # it raises nothing: what goes wrong, in a thread of its own too, is a warning of Python's
     changes.enter_context(_replaced(warnings, "showwarning", _saying("trackio", say, warnings.showwarning)))
-    # The settings here: Accelerate's class would add one of its own to them.
+    # the settings here: Accelerate's class would add one of its own to them
     tracker = TrackioTracker(
         about.project, name=name, group=about.group, config=about.parameters, resume="allow", embed=False
     )
