@@ -102,6 +102,7 @@ def read_about(stage: Path, slimmed: Slimmed, config: ExportConfig) -> dict[str,
         "input": {
             "shape": ["batch", channels, size, size],
             "type": config.pixels if inside else "float32",
+            **{key: known.get(key) for key in ("fit", "upright", "white")},
             "pixels": "in [0, 255]" if config.pixels == "uint8" else "in [0, 1]",
             "normalise": config.normalise,
             "mean": known.get("mean"),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from netslim.prune.drawing import BELOW, draw_distribution, draw_layers, height_of, png
+
 _CUT, _REPAIRED, _SPARSE = "#b0413e", "#2364aa", "#444444"
-_LEFT, _GONE, _LINE = "#2364aa", "#cccccc", "#b0413e"
-_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 3.6}
-"""A legend below the label of an axis, however high the picture: the pad is in heights of the font."""
+_LEFT, _GONE = "#2364aa", "#cccccc"
 
 
 def draw_channels(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -29,27 +27,22 @@ def draw_channels(rows: Sequence[Mapping[str, Any]]) -> bytes:
     axes.invert_yaxis()  # the first layer at the top
     axes.set(xlabel="channels", title="What the cut leaves of each BatchNorm")
     axes.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def draw_density(gammas: Tensor, threshold: float | None) -> bytes:
     """Draw how |gamma|, (channels,), is spread over all channels that can go, and the threshold if it is of |gamma|."""
     figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(gammas.numpy(), bins=100, density=True, color=_LEFT)
-    axes.set(xlabel="|gamma|", ylabel="density", title="Where the sparse network's scales lie", yscale="log")
-    if threshold is not None:
-        axes.axvline(threshold, color=_LINE, linestyle="--", label=f"threshold {threshold:.3g}")
-        axes.legend()
-    return _png(figure)
+    draw_distribution(figure.subplots(), gammas.numpy(), threshold)
+    return png(figure)
 
 
 def draw_inspection(found: dict[str, Any], best: float | None, path: Path) -> None:
     """Draw what ``inspect`` found: accuracy by ratio, cut and repaired, and the |gamma| of every layer, as a PNG."""
-    figure = Figure(figsize=(12, max(4.5, 1.5 + 0.22 * len(found["layers"]))), layout="constrained")
+    figure = Figure(figsize=(12, height_of(len(found["layers"]))), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_ratios(left, found, best)
-    _draw_gammas(figure, right, found["layers"], found["threshold"], found["ratio"])
+    draw_layers(right, found["layers"], found["threshold"], found["ratio"])
     figure.savefig(path, dpi=150)
 
 
@@ -67,23 +60,4 @@ def _draw_ratios(axes: Axes, found: dict[str, Any], best: float | None) -> None:
     axes.set(xlabel="ratio of channels removed", ylabel="accuracy, %", title="Accuracy right after pruning")
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
-    axes.legend(**_BELOW)  # in one column: two are wider than the picture
-
-
-def _draw_gammas(figure: Figure, axes: Axes, layers: Sequence[dict[str, Any]], threshold: float, ratio: float) -> None:
-    shares = np.array([np.array(row["histogram"]) / row["channels"] for row in layers])
-    top = max(row["largest"] for row in layers)
-    image = axes.imshow(
-        100 * shares, aspect="auto", cmap="viridis", extent=(0, top, len(layers) - 0.5, -0.5), interpolation="nearest"
-    )
-    axes.axvline(threshold, color="white", linestyle="--", label=f"threshold of ratio {ratio:g}")
-    axes.set_yticks(range(len(layers)), [row["layer"] for row in layers], fontsize=8)
-    axes.set(xlabel="|gamma|", title="Where the scales of each BatchNorm lie")
-    axes.legend(**_BELOW, facecolor="black", labelcolor="white")
-    figure.colorbar(image, ax=axes, label="share of the layer's channels, %")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    axes.legend(**BELOW)  # in one column: two are wider than the picture

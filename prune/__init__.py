@@ -2,6 +2,7 @@
 
 from netslim.prune.choose import Origin, Plan, Rules, choose_zeros, make_plan
 from netslim.prune.cut import carry, cut, embed, largest_difference, masked, norm_of, prove, scales_of
+from netslim.prune.gammas import Gammas, gammas
 from netslim.prune.map import ChannelMap, Coupling, map_channels
 from netslim.prune.repair import (
     Calibration,
@@ -37,6 +38,7 @@ __all__ = [
     "Cost",
     "Coupling",
     "Format",
+    "Gammas",
     "Normalise",
     "Origin",
     "Plan",
@@ -55,6 +57,7 @@ __all__ = [
     "export",
     "folded",
     "foreseen",
+    "gammas",
     "largest_difference",
     "latency",
     "load",

@@ -22,8 +22,8 @@ PUBLIC = {
         make_optimizer model_names num_gpus soft_threshold_ travel weights_digest
     """,
     "netslim.prune": """
-        Calibration ChannelMap Chunk Cost Coupling Format Normalise Origin Plan Repair RepairConfig
-        Rules absorb carry choose_zeros chunk_size cost cut embed export folded largest_difference
+        Calibration ChannelMap Chunk Cost Coupling Format Gammas Normalise Origin Plan Repair RepairConfig
+        Rules absorb carry choose_zeros chunk_size cost cut embed export folded gammas largest_difference
         latency load load_origin load_plan make_plan map_channels masked norm_of open_gammas plan_network prove repair
         save score_channels slim
     """,

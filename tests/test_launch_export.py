@@ -31,6 +31,7 @@ def build(num_classes=10):
         nn.Linear(24, num_classes),
     )
 """
+READING = {"fit": "pad", "upright": False, "white": 4095.0}
 Netslim = Callable[..., tuple[int, str, str]]
 
 
@@ -56,6 +57,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Ite
     (directory / "exportnets" / "nets.py").write_text(NETS)
     flags = ["--model", "exportnets.nets:build", "--num-processes", "1", "--data.cache", str(data_cache)]
     flags += ["--sparsify.epochs", "1", "--finetune.epochs", "1", "--data.batch-size", "256", "--data.size", "16"]
+    flags += ["--data.fit", "pad", "--data.no-upright", "--data.white", "4095"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         patch.setattr(sys, "path", [*sys.path])
@@ -177,7 +179,11 @@ def test_what_a_file_takes_and_tells_apart_is_in_its_metadata_and_beside_it(run:
     assert json.loads(extra["about.json"]) == about == json.loads((stage / "model.onnx.json").read_text())
     held = onnxruntime.InferenceSession(stage / "model.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(held["input"]) == about["input"]
-    assert about["input"]["mean"] == json.loads((run / "sparse" / "input.json").read_text())["mean"]
+    known = json.loads((run / "sparse" / "input.json").read_text())
+    assert {key: about["input"][key] for key in ("mean", "fit", "upright", "white")} == {
+        "mean": known["mean"],
+        **READING,
+    }
     assert about["plan"] == load_plan(stage).digest
 
 
@@ -187,6 +193,7 @@ def test_of_an_older_run_the_prepared_images_say_how_they_were_normalised(run: P
     assert netslim("export", run, "--ratio", "0.5", "--format", "weights")[0] == 0
     about = json.loads((run / "finetune-0.50" / "export" / "about.json").read_text())
     assert (about["input"]["mean"], about["classes"]) == (known["mean"], known["classes"])
+    assert about["input"]["fit"] is None  # which prepared images do not say
 
 
 def test_a_run_that_nobody_knows_the_statistics_of_says_so_and_normalises_nothing_inside(

@@ -57,7 +57,8 @@ def test_it_says_what_the_run_itself_comes_to_and_marks_the_largest_ratio_within
         )
     assert low["params"] > middle["params"]
     assert "the largest ratio possible" in high["refused"]
-    assert 0 < inspection(run)["threshold"] < max(row["largest"] for row in inspection(run)["layers"])
+    threshold = json.loads((run / "prune-0.50" / "metrics.json").read_text())["threshold"]
+    assert (inspection(run)["ratio"], inspection(run)["threshold"]) == (0.5, threshold)
     assert printed.splitlines()[-1] == f"{run}/inspect.png"
     with Image.open(run / "inspect.png") as picture:
         assert len(picture.convert("RGB").resize((200, 80)).getcolors(16000)) > 100  # something is drawn
@@ -158,13 +159,15 @@ def test_the_largest_ratio_is_the_last_that_loses_no_more_than_allowed(loss: flo
 
 def test_layers_that_the_threshold_would_empty_are_named() -> None:
     layers = [
-        {"layer": name, "channels": 4, "median": 0.1, "largest": 0.2, "below_1e-2": 0.0, "below_1e-3": 0.0}
-        | {"below_threshold": share, "histogram": [0, 4]}
-        for name, share in (("a", 0.5), ("b", 1.0))
+        {"layer": name, "channels": 4, "removable": 4, "num_below": num, "below_threshold": num / 4}
+        | {"smallest": 0.1, "median": 0.1, "largest": 0.2, "below_1e-2": 0.0, "below_1e-3": 0.0, "histogram": [0, 4]}
+        for name, num in (("a", 2), ("b", 4))
     ]
     rows = [{"ratio": 0.5, "cut": 0.1, "repaired": 0.2, "params": 1, "macs": 1}]
     found = {"accuracy": 0.9, "params": 2, "macs": 2, "pull": "", "ratio": 0.5, "layers": layers, "ratios": rows}
+    found["threshold"] = 0.1
     text = format_inspection(found, 0.01)
+    assert "threshold of ratio 0.5: |gamma| 0.1, which takes 6 of 8 channels" in text
     assert "the threshold of ratio 0.5 would empty b; floors hold them" in text
     assert "no ratio loses at most 1.00%" in text
 

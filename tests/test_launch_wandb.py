@@ -209,6 +209,12 @@ def test_an_artifact_that_goes_in_is_the_one_that_came_out(stages: dict[str, Pat
     assert len(digests["tried-sparse"]) == len(digests["tried-repair-0.50"]) == len(digests["dataset-digits"]) == 1
 
 
+def test_the_artifact_of_the_images_says_how_they_became_squares(stages: dict[str, Path]) -> None:
+    found = [each.artifact for each in wandb_records(stages["sparse"]) if each.HasField("artifact")]
+    (images,) = [json.loads(each.metadata) for each in found if each.type == "dataset"]
+    assert images.items() >= {"source": "digits", "size": 16, "fit": "crop", "upright": True, "white": None}.items()
+
+
 VARIABLES = {
     "WANDB_PROJECT": "their-project",
     "WANDB_ENTITY": "their-team",

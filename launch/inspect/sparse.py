@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,11 +15,11 @@ from netslim.launch.tables import aligned
 from netslim.prune import (
     Calibration,
     ChannelMap,
-    Coupling,
     RepairConfig,
     Rules,
     cost,
     cut,
+    gammas,
     map_channels,
     open_gammas,
     plan_network,
@@ -29,43 +27,13 @@ from netslim.prune import (
     score_channels,
     too_few,
 )
+from netslim.prune.tables import gammas_as_text, threshold_line
 from netslim.train import describe_pull, evaluate, travel
 
 INSPECTION, PICTURE = "inspect.json", "inspect.png"
 """In a run's directory, or where the flag says."""
 OUT_VARIABLE = "NETSLIM_INSPECTION"
 """By which `netslim inspect` says to its processes where that is."""
-BINS = 16
-"""Of a histogram of |gamma|, from 0 to the largest of the network."""
-_BARS, _ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
-
-
-def describe_gammas(
-    model: nn.Module, channels: ChannelMap, ratio: float, coupling: Coupling
-) -> tuple[list[dict[str, Any]], float]:
-    """Describe |gamma| of every BatchNorm with a removable one, a row of figures and a histogram; and the threshold.
-
-    ``below_threshold`` is the share that falls below the threshold of the ratio, before any rule holds some; 1 is a
-    layer that the threshold would empty.
-    """
-    found = {name: gamma.detach().abs().float().cpu() for name, gamma in channels.named_gammas(model, coupling).items()}
-    every = torch.cat(list(found.values())).sort().values
-    threshold = every[max(0, int(ratio * len(every)) - 1)]
-    top = float(every[-1]) or 1.0
-    rows = [
-        {
-            "layer": name,
-            "channels": len(gamma),
-            "median": float(gamma.median()),
-            "largest": float(gamma.max()),
-            "below_1e-2": float((gamma < 1e-2).float().mean()),
-            "below_1e-3": float((gamma < 1e-3).float().mean()),
-            "below_threshold": float((gamma <= threshold).float().mean()),
-            "histogram": np.histogram(gamma, bins=BINS, range=(0, top))[0].tolist(),
-        }
-        for name, gamma in found.items()
-    ]
-    return rows, float(threshold)
 
 
 def try_ratio(
@@ -140,15 +108,15 @@ def inspect_sparse(job: Job, out: Path) -> None:
         pull, _ = describe_pull(
             first, config.sparsity.weight, travel(config.sparsify, job.loaders.train.steps_per_epoch)
         )
-        layers, threshold = describe_gammas(sparse, channels, ratio, config.prune.coupling)
+        seen = gammas(sparse, channels, ratio=ratio, coupling=config.prune.coupling)
         found = {
             "accuracy": accuracy,
             "params": price.params,
             "macs": price.macs,
             "pull": pull,
             "ratio": ratio,
-            "layers": layers,
-            "threshold": threshold,
+            "layers": list(seen),
+            "threshold": seen.threshold,
             "ratios": sorted((row for rows in everyone or [] for row in rows), key=lambda row: float(row["ratio"])),
         }
         write_json(out / INSPECTION, found)
@@ -164,45 +132,12 @@ def largest_ratio(found: dict[str, Any], loss: float) -> float | None:
 
 def format_inspection(found: dict[str, Any], loss: float) -> str:
     """What ``inspect`` found, as text: gammas by layer, the pull, accuracy by ratio."""
-    lines = [_gamma_table(found["layers"]), "", found["pull"], ""]
+    threshold = threshold_line(found["layers"], found["ratio"], found["threshold"])
+    lines = [gammas_as_text(found["layers"]), threshold, "", found["pull"], ""]
     emptied = [row["layer"] for row in found["layers"] if row["below_threshold"] == 1]
     if emptied:
         lines += [f"the threshold of ratio {found['ratio']:g} would empty {', '.join(emptied)}; floors hold them", ""]
     return "\n".join([*lines, _ratio_table(found, largest_ratio(found, loss), loss)])
-
-
-def _gamma_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ["layer", "channels", "median", "largest", "< 1e-2", "< 1e-3", "below threshold", "|gamma|"]
-    return aligned(
-        [
-            head,
-            *(
-                [
-                    row["layer"],
-                    str(row["channels"]),
-                    f"{row['median']:.3g}",
-                    f"{row['largest']:.3g}",
-                    *(f"{row[key]:.0%}" for key in ("below_1e-2", "below_1e-3", "below_threshold")),
-                    _sparkline(row["histogram"]),
-                ]
-                for row in rows
-            ),
-        ]
-    )
-
-
-def _sparkline(counts: Sequence[int]) -> str:
-    bars, most = _bars(), max(counts) or 1
-    return "".join(bars[-(-count * (len(bars) - 1) // most)] for count in counts)
-
-
-def _bars() -> str:
-    """From none to the most, of what the terminal can show."""
-    try:
-        _BARS.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return _ASCII_BARS
-    return _BARS
 
 
 def _ratio_table(found: dict[str, Any], best: float | None, loss: float) -> str:

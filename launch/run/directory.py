@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from netslim.prune import Origin, Plan, load, save
 
 METRICS = "metrics.json"
 INPUT = "input.json"
-"""Of a stage: what its network takes and tells apart, the images' size and statistics, and the names of the classes."""
+"""Of a stage: what its network takes and tells apart: how images become squares, their size and statistics, and the
+names of the classes."""
 PREEMPTED_MARK = "preempted"
 """In a run's directory: a signal stopped it after a checkpoint. Exit codes do not pass through every launcher."""
 STOP_MARK = "stop"
@@ -53,7 +55,7 @@ def write_stage(
     """Leave what a finished stage gives; returns the metrics with ``file_mb``, the weights' size in 10^6 bytes."""
     directory.mkdir(parents=True, exist_ok=True)
     save(model, plan, directory, origin if plan is None else None)  # which a plan has
-    about = {"classes": images.classes, "size": images.size, "mean": images.mean, "std": images.std}
+    about = {"classes": images.classes, **asdict(config.data.reading), "mean": images.mean, "std": images.std}
     write_json(directory / INPUT, about)
     write_json(directory / "config.json", to_dict(config))
     size = (directory / "weights.safetensors").stat().st_size

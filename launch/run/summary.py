@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def dataset(config: DataConfig, info: DataInfo) -> Artefact:
     side_file = None if info.directory is None else info.directory / "info.json"
     about = {
         "source": config.source,
-        "size": config.size,
+        **asdict(config.reading),  # size, fit, upright, white
         "num_classes": len(info.classes),
         "num_train": info.num_train,
         "num_test": info.num_test,

@@ -7,9 +7,9 @@ leaves, is decided here alone. A plan may carry an `Origin`: a value too, until 
 from netslim.prune.choose.choice import ShareGone, choose, choose_zeros, make_plan
 from netslim.prune.choose.origin import Origin
 from netslim.prune.choose.plan import Kept, Plan, Selection, Slice, Trim
-from netslim.prune.choose.rules import Rules
+from netslim.prune.choose.rules import Rules, check_ratio
 from netslim.prune.choose.slices import realise, restricted
-from netslim.prune.choose.units import units_of
+from netslim.prune.choose.units import Units, by_layer, magnitudes_of, units_of
 
 __all__ = [
     "Kept",
@@ -20,8 +20,12 @@ __all__ = [
     "ShareGone",
     "Slice",
     "Trim",
+    "Units",
+    "by_layer",
+    "check_ratio",
     "choose",
     "choose_zeros",
+    "magnitudes_of",
     "make_plan",
     "realise",
     "restricted",

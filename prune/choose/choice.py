@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from netslim.prune.choose.plan import Kept, Plan
-from netslim.prune.choose.rules import Rules
+from netslim.prune.choose.rules import Rules, check_ratio, exact
 from netslim.prune.choose.slices import Flags, realise
-from netslim.prune.choose.units import Rooms, Units, units_of
+from netslim.prune.choose.units import Rooms, Units, by_layer, units_of
 from netslim.prune.map import ChannelMap
 
 ShareGone = Callable[[Plan], float]
@@ -45,8 +44,7 @@ def choose(
     scores: Mapping[str, Tensor], channels: ChannelMap, ratio: float, rules: Rules, share_gone: ShareGone | None = None
 ) -> Plan:
     """Choose by scores as `make_plan` does by |gamma|; with `share_gone`, until the share that it tells is reached."""
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio {ratio} is not in [0, 1): it is the share of all that can go")
+    check_ratio(ratio)
     if (rules.target == "channels") != (share_gone is None):
         raise ValueError(f"target {rules.target} is counted in the network itself: use plan_network or slim")
     choice = _Choice(units_of(scores, channels, rules), channels, ratio, rules)
@@ -72,7 +70,7 @@ class _Choice:
         self.units, self.channels, self.ratio, self.rules = units, channels, ratio, rules
         floors = np.array([_floor(layer.width, rules) for layer in channels.layers])
         self.rooms = Rooms(channels, units, floors, rules.coupling)
-        self.count = int(units.sizes.sum())
+        self.count = units.count
 
     @property
     def _rules(self) -> str:
@@ -81,7 +79,7 @@ class _Choice:
 
     def by_count(self) -> Plan:
         """Take floor(ratio * count) gammas."""
-        asked = math.floor(_exact(self.ratio) * self.count)
+        asked = self.units.asked(self.ratio)
         taken, refused = self._take(asked)
         removed = int(self.units.sizes[taken].sum())
         if removed < asked and not self._stopped_by_size(taken, asked - removed):
@@ -123,21 +121,14 @@ class _Choice:
     def by_limit(self, limit: float, most: float) -> Plan:
         """Take the units whose score is at most the limit, in their order until a share of ``most`` is gone."""
         low = self.units.scores <= limit
-        asked = min(int(self.units.sizes[low].sum()), math.floor(_exact(most) * self.count))
+        asked = min(int(self.units.sizes[low].sum()), math.floor(exact(most) * self.count))
         taken, refused = self._take_carefully(asked)  # in their order, and others where the rules hold one of them
         plan = self._plan(taken & low, refused & low, asked)
         return replace(plan, ratio=plan.num_removed / max(1, plan.num_channels))
 
     def _take(self, asked: int) -> tuple[Flags, Flags]:
         """Take units in order while they fit: flags (units,) of those taken, and of those that only a rule spares."""
-        sizes = self.units.sizes.tolist()
-        taken, left = np.zeros(len(sizes), bool), asked
-        for unit in self.units.order.tolist():
-            if left <= 0:
-                break
-            if sizes[unit] <= left:
-                taken[unit] = True
-                left -= sizes[unit]
+        taken = self.units.smallest(asked)
         if (self.rooms.left(taken) >= 0).all():
             return taken, np.zeros_like(taken)
         return self._take_carefully(asked)
@@ -211,15 +202,9 @@ class _Choice:
         """Flag the gammas of some units, per BatchNorm (width,)."""
         owners = self.units.owners
         flags = (owners >= 0) & units[owners] if len(units) else np.zeros(len(owners), bool)
-        ends = np.cumsum([layer.width for layer in self.channels.layers])[:-1]
-        return {layer.name: part for layer, part in zip(self.channels.layers, np.split(flags, ends), strict=True)}
+        return by_layer(flags, self.channels)
 
 
 def _floor(width: int, rules: Rules) -> int:
-    most = math.floor(_exact(rules.max_ratio) * width)
-    return max(rules.min_channels, math.ceil(_exact(rules.min_share) * width), width - most)
-
-
-def _exact(share: float) -> Fraction:
-    """Read a share as the decimal that was written: the binary 0.29 is a little less than 29/100."""
-    return Fraction(repr(float(share)))
+    most = math.floor(exact(rules.max_ratio) * width)
+    return max(rules.min_channels, math.ceil(exact(rules.min_share) * width), width - most)

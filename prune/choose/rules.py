@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -60,6 +61,17 @@ class Rules:
         usual = Rules()
         changed = {key: value for key, value in vars(self).items() if value != getattr(usual, key, value)}
         return ", ".join(f"{key} {_words(value)}" for key, value in changed.items())
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise ValueError for what is no share of the channels that can go."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio {ratio} is not in [0, 1): it is the share of all that can go; try 0.5")
+
+
+def exact(share: float) -> Fraction:
+    """Read a share as the decimal that was written: the binary 0.29 is a little less than 29/100."""
+    return Fraction(repr(float(share)))
 
 
 def _words(value: object) -> str:

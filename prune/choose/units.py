@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from netslim.prune.choose.rules import Reduce, Rules
+from netslim.prune.choose.rules import Reduce, Rules, exact
 from netslim.prune.choose.slices import Flags
 from netslim.prune.map import CONSTANT, ChannelMap, Coupling, Ends, Ints, Layer
 
 Ranks = NDArray[np.float64]
+Value = TypeVar("Value", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,27 @@ class Units:
     def rank(self) -> Ints:
         """The place of each unit in the order, (units,)."""
         return self.order.argsort()
+
+    @property
+    def count(self) -> int:
+        """The gammas that can go."""
+        return int(self.sizes.sum())
+
+    def asked(self, ratio: float) -> int:
+        """The ratio in whole gammas, rounded down."""
+        return math.floor(exact(ratio) * self.count)
+
+    def smallest(self, count: int) -> Flags:
+        """Flag the units, (units,), that go with so many gammas: in their order, each that fits into what is left."""
+        sizes = self.sizes.tolist()
+        taken = np.zeros(len(sizes), bool)
+        for unit in self.order.tolist():
+            if count <= 0:
+                break
+            if sizes[unit] <= count:
+                taken[unit] = True
+                count -= sizes[unit]
+        return taken
 
 
 def units_of(scores: Mapping[str, Tensor], channels: ChannelMap, rules: Rules) -> Units:
@@ -72,6 +96,12 @@ def units_of(scores: Mapping[str, Tensor], channels: ChannelMap, rules: Rules) -
         reduced = _ranked(reduced, np.flatnonzero(free)[first], layers, channels, rules)
     indices = np.concatenate([np.arange(width) for width in widths])
     return Units(layers, indices, owners, reduced, np.lexsort((first, reduced)))
+
+
+def by_layer(values: NDArray[Value], channels: ChannelMap) -> dict[str, NDArray[Value]]:
+    """Part what is given for all gammas, (gammas,), into that of each BatchNorm, (width,)."""
+    ends = np.cumsum([layer.width for layer in channels.layers])[:-1]
+    return {layer.name: part for layer, part in zip(channels.layers, np.split(values, ends), strict=True)}
 
 
 def _ranked(scores: NDArray[np.float64], first: Ints, layers: Ints, channels: ChannelMap, rules: Rules) -> Ranks:
@@ -165,10 +195,15 @@ class Rooms:
 def _sizes(scores: Mapping[str, Tensor], layer: Layer) -> NDArray[np.float64]:
     if layer.name not in scores:
         raise ValueError(f"no gammas are given for BatchNorm '{layer.name}'")
-    score = scores[layer.name].detach()
+    score = scores[layer.name]
     if score.shape != (layer.width,):
         raise ValueError(f"BatchNorm '{layer.name}' has {layer.width} channels, its gammas are {tuple(score.shape)}")
-    if not bool(torch.isfinite(score).all()):
-        raise ValueError(f"BatchNorm '{layer.name}' has gammas that are NaN or infinite; train again with a lower rate")
-    sizes: NDArray[np.float64] = score.double().abs().cpu().numpy()  # float64 holds every smaller type exactly
-    return sizes
+    return magnitudes_of(layer.name, score)
+
+
+def magnitudes_of(name: str, gamma: Tensor) -> NDArray[np.float64]:
+    """Give |gamma| of a BatchNorm; ValueError if one is not finite."""
+    if not bool(torch.isfinite(gamma).all()):
+        raise ValueError(f"BatchNorm '{name}' has gammas that are NaN or infinite; train again with a lower rate")
+    magnitudes: NDArray[np.float64] = gamma.detach().double().abs().cpu().numpy()  # holds every smaller type exactly
+    return magnitudes

@@ -6,6 +6,6 @@ that out, and what torch's functions do to them, is nobody else's business.
 
 from netslim.prune.map.channels import ChannelMap, map_channels
 from netslim.prune.map.classes import CONSTANT, Ints
-from netslim.prune.map.layers import Coupling, Ends, Layer, Loose, few
+from netslim.prune.map.layers import Coupling, Ends, Layer, Loose, aligned, few
 
-__all__ = ["CONSTANT", "ChannelMap", "Coupling", "Ends", "Ints", "Layer", "Loose", "few", "map_channels"]
+__all__ = ["CONSTANT", "ChannelMap", "Coupling", "Ends", "Ints", "Layer", "Loose", "aligned", "few", "map_channels"]

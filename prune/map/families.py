@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from netslim.prune.map.classes import CONSTANT, Ints
-from netslim.prune.map.layers import Ends, Layer, few
+from netslim.prune.map.layers import Ends, Layer, aligned, few
 
 Sides = Mapping[str, tuple[Ints, Ints]]
 """The numbers of the channels at the two ends of each layer with weights: inputs, outputs."""
@@ -93,7 +93,7 @@ def table_of_families(found: Sequence[Family], last: str) -> str:
         state = f"{'one by one' if one.selectable else 'stay'} {_note(notes, one.why)}" if one.why else "prunable"
         path = f"{few(one.makers) or '?'} -> {few(one.readers) or '?'}"
         rows.append((str(one.num_classes), str(one.num_gammas), few(one.norms), path, state))
-    return _aligned(rows, ">><<<", notes, last)
+    return _noted(rows, ">><<<", notes, last)
 
 
 def table_of_norms(layers: Sequence[Layer], modules: Sequence[Ends], last: str) -> str:
@@ -110,7 +110,7 @@ def table_of_norms(layers: Sequence[Layer], modules: Sequence[Ends], last: str) 
         path = f"{few(makers) or '?'} -> {few(readers) or '?'}"
         why = ", ".join(f"{count} {_note(notes, reason)}" for reason, count in layer.reasons)
         rows.append((layer.name, str(layer.width), str(layer.num_prunable), path, why))
-    return _aligned(rows, "<>><<", notes, last)
+    return _noted(rows, "<>><<", notes, last)
 
 
 def _note(notes: dict[str, int], reason: str) -> str:
@@ -118,10 +118,5 @@ def _note(notes: dict[str, int], reason: str) -> str:
     return f"[{notes.setdefault(reason, len(notes) + 1)}]"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], sides: str, notes: dict[str, int], last: str) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, *(f"[{number}] {reason}" for reason, number in notes.items()), last])
+def _noted(rows: Sequence[tuple[str, ...]], sides: str, notes: dict[str, int], last: str) -> str:
+    return "\n".join([*aligned(rows, sides), *(f"[{number}] {reason}" for reason, number in notes.items()), last])

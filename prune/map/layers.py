@@ -152,3 +152,12 @@ def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
     """List the first names and say how many more there are: networks have hundreds of layers."""
     rest = len(names) - most
     return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Give the lines of a table; a column is set to the side that its letter says, < or >."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
