@@ -5,7 +5,7 @@ that is lost is named. Nothing else imports DeepSpeed or `torch.distributed`, no
 its clients of trackers.
 """
 
-from netslim.train.ranks.engine import EngineConfig, check_devices, num_gpus
+from netslim.train.ranks.engine import EngineConfig, asks_for_cpu, check_devices, num_gpus
 from netslim.train.ranks.group import LostRankError, weights_digest
 from netslim.train.ranks.masters import Fragment, Masters, whole
 from netslim.train.ranks.runtime import Runtime
@@ -18,6 +18,7 @@ __all__ = [
     "LostRankError",
     "Masters",
     "Runtime",
+    "asks_for_cpu",
     "check_devices",
     "check_values",
     "combined",
