@@ -4,6 +4,13 @@ Sums, checks and decisions over ranks are the same on each of them, BatchNorm st
 that is lost is named. Nothing else imports Accelerate, DeepSpeed or `torch.distributed`.
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    # of progress bars, which nothing here has Accelerate show: in a notebook without ipywidgets
+    warnings.filterwarnings("ignore", "IProgress not found")
+    import accelerate  # noqa: F401
+
 from netslim.train.ranks.engine import EngineConfig, check_devices, num_gpus
 from netslim.train.ranks.group import LostRankError, weights_digest
 from netslim.train.ranks.masters import Fragment, Masters, whole
