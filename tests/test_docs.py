@@ -422,7 +422,7 @@ def test_the_readme_has_at_most_120_lines() -> None:
 
 def test_every_page_is_in_the_readmes_list_of_links() -> None:
     linked = set(re.findall(r"\]\((docs/[\w.-]+)\)", prose_of(ROOT / "README.md")))
-    assert linked == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert linked == {f"docs/{page.name}" for kind in ("md", "ipynb") for page in (ROOT / "docs").glob(f"*.{kind}")}
 
 
 def section(page: str, title: str) -> str:

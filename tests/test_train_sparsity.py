@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from netslim.train import GammaPenalty, describe_pull, gamma_summary, soft_threshold_
@@ -241,3 +243,27 @@ def test_the_summary_counts_small_gammas_over_all_layers() -> None:
     summary = gamma_summary([torch.tensor([0.5, -0.005]), torch.tensor([0.0005, -0.7])])
     assert summary["gamma_below_1e-2"] == 0.5
     assert summary["gamma_below_1e-3"] == 0.25
+
+
+@pytest.mark.parametrize("method", ["subgradient", "proximal"])
+def test_a_second_penalty_on_the_same_gammas_is_refused_until_the_first_is_detached(method: str) -> None:
+    """As where a notebook's cell is run again."""
+    gamma, other = two_gammas(), two_gammas()
+    optimizer = torch.optim.SGD([gamma, other], lr=1.0)
+    first = GammaPenalty([gamma], LAMBDA, method).attach(optimizer)  # type: ignore[arg-type]
+    GammaPenalty([other], LAMBDA).attach(optimizer)
+    with pytest.raises(ValueError, match="penalises these gammas already"):
+        GammaPenalty([gamma], LAMBDA).attach(optimizer)
+    first.detach()
+    GammaPenalty([gamma], LAMBDA).attach(optimizer)
+
+
+def test_a_penalty_attached_to_the_optimizer_that_accelerate_gave_acts_once_a_step() -> None:
+    for state in (AcceleratorState, GradientState):  # of tests before
+        state._reset_state()
+    model = nn.BatchNorm1d(3)
+    optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=1.0))
+    GammaPenalty(model, LAMBDA).attach(optimizer)
+    model.weight.grad = torch.zeros(3)
+    optimizer.step()
+    assert model.weight.tolist() == [0.75, 0.75, 0.75]

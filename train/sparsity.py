@@ -94,7 +94,14 @@ class GammaPenalty:
         """Hook the penalty into ``optimizer.step``; ``detach`` takes it out again.
 
         ``fragments``: what of the gammas this rank's optimizer steps; without them it holds the gammas themselves.
+        Raises ValueError where the optimizer does not hold them all, or a penalty on one of them is attached already.
         """
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper hands its steps on to that one
+        if not {id(gamma) for other in _attached(optimizer) for gamma in other.gammas}.isdisjoint(map(id, self.gammas)):
+            raise ValueError(
+                "the optimizer penalises these gammas already, and a second penalty would add to the first; detach "
+                "that one, or make a new optimizer"
+            )
         if fragments is None:
             fragments = [whole(gamma) for gamma in self.gammas]
             known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -140,6 +147,13 @@ class GammaPenalty:
         """The pieces of gammas that a parameter group of the optimizer steps now."""
         pieces = (piece for owner in group["params"] for piece in self._fragments.get(id(owner), ()))
         return [piece for piece in pieces if piece.is_stepped]
+
+
+def _attached(optimizer: torch.optim.Optimizer) -> list[GammaPenalty]:
+    """The penalties that are hooked into an optimizer."""
+    hooks = (*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, GammaPenalty)]
 
 
 class BetaFade:

@@ -256,7 +256,7 @@ class Plan:
         )
         return "\n".join(lines)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # what a notebook shows: the indices would fill pages
         return self.report()
 
 

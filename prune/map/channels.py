@@ -150,7 +150,7 @@ class ChannelMap:
         """Describe the map, a row per family of channels that the same layers share; `str` has one per BatchNorm."""
         return table_of_families(self.families(), self.count())
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # what a notebook shows: the numbers would fill pages
         return table_of_norms(self.layers, self.modules, self.count())
 
 

@@ -16,9 +16,9 @@ def line_of_user() -> str:
     found = ""
     while frame is not None and not _is_run(frame.f_code):
         if _is_users(frame.f_code):
-            found = found or f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+            found = found or _line(frame.f_code, frame.f_lineno)
             if not _is_librarys(frame.f_code):
-                return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+                return _line(frame.f_code, frame.f_lineno)
         frame = frame.f_back
     return found
 
@@ -29,7 +29,7 @@ def line_of_traceback(error: BaseException) -> str:
     while step is not None:
         code = step.tb_frame.f_code
         if _is_users(code):
-            found = f"{_short(code.co_filename)}:{step.tb_lineno}"
+            found = _line(code, step.tb_lineno)
         step = step.tb_next
     return found
 
@@ -58,6 +58,19 @@ def _is_librarys(code: CodeType) -> bool:
 
 
 _PACKAGES = ("site-packages", "dist-packages")
+
+
+def _line(code: CodeType, number: int) -> str:
+    return f"{_cell(code.co_filename) or _short(code.co_filename)}:{number}"
+
+
+def _cell(path: str) -> str:
+    """Name the cell of a notebook that is kept in this file, as in `In[3]`; empty where it is none."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    name_of = getattr(getattr(shell, "compile", None), "format_code_name", None)  # since IPython 8
+    kind, name = (name_of and name_of(path)) or ("", "")
+    return str(name) if kind == "Cell" else ""
 
 
 @cache

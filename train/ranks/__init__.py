@@ -5,6 +5,13 @@ that is lost is named. Nothing else imports DeepSpeed or `torch.distributed`, no
 its clients of trackers.
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    # of progress bars, which nothing here has Accelerate show: in a notebook without ipywidgets
+    warnings.filterwarnings("ignore", "IProgress not found")
+    import accelerate  # noqa: F401
+
 from netslim.train.ranks.engine import EngineConfig, asks_for_cpu, check_devices, num_gpus
 from netslim.train.ranks.group import LostRankError, weights_digest
 from netslim.train.ranks.masters import Fragment, Masters, whole
