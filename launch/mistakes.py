@@ -45,6 +45,11 @@ def guarded(body: Callable[[], int | None], rank: int | None = None) -> int:
         return _after_training(error, _rank(rank))
 
 
+def is_rank_0() -> bool:
+    """Whether this process is the one, by its launcher's word, that says what all ranks find."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def warn(line: str) -> None:
     """Say what a user should know of a command that goes on all the same."""
     print(f"netslim: warning: {line}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from netslim.launch.config import ADAPTER, RunConfig, field_names, to_dict, value_of, with_tuples
 from netslim.launch.help import HELP, HELP_ALL, short_help
-from netslim.launch.mistakes import LAUNCHER_VARIABLE, warn
+from netslim.launch.mistakes import LAUNCHER_VARIABLE, is_rank_0, warn
 from netslim.train import RecordConfig
 from netslim.train.record import OF_ENVIRONMENT
 
@@ -103,7 +103,7 @@ def warn_of_unread(preset: RunConfig, config: RunConfig, unread: Mapping[str, st
 
 def _is_first() -> bool:
     """Whether this process is to say something: rank 0, where no command of ours has said so already."""
-    return os.environ.get("RANK", "0") == "0" and LAUNCHER_VARIABLE not in os.environ
+    return is_rank_0() and LAUNCHER_VARIABLE not in os.environ
 
 
 def _given(arguments: Sequence[str]) -> set[str]:

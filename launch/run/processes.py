@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from netslim.launch.config import RunConfig
-from netslim.launch.mistakes import LAUNCHER_VARIABLE, MISTAKE, PREEMPTED, warn
+from netslim.launch.mistakes import LAUNCHER_VARIABLE, MISTAKE, PREEMPTED, is_rank_0, warn
 from netslim.train import LostRankError, asks_for_cpu, check_devices, num_gpus
 
 _OF_A_GROUP = re.compile(
@@ -143,14 +143,14 @@ def warn_of_overruled(config: RunConfig) -> None:
         for variable, (fields, values) in own.items()
         if variable in os.environ and {os.environ[variable]} != {*map(str, values)}
     ]
-    if told and os.environ.get("RANK", "0") == "0":
+    if told and is_rank_0():
         warn(f"the configuration overrules {', '.join(told)}")
 
 
 def warn_of_missing_processes() -> None:
     """Say where `accelerate launch` started fewer processes than its flags or its file ask for, which it does not."""
     asked, started = _processes_asked_for(), int(os.environ.get("WORLD_SIZE", "1"))
-    if asked is None or asked <= started or os.environ.get("RANK", "0") != "0":
+    if asked is None or asked <= started or not is_rank_0():
         return
     remedy = (
         "several on the CPU need --multi_gpu too, or in its file distributed_type: MULTI_GPU, as in "

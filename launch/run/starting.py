@@ -11,6 +11,7 @@ import torch
 
 from netslim.data import DataConfig, DataInfo, Loaders, Shard, check_batch_size, open_loaders, open_source, prepare
 from netslim.launch.config import RunConfig, run_directory
+from netslim.launch.mistakes import is_rank_0
 from netslim.launch.presets import PRESETS, find_preset, list_presets, read_preset
 from netslim.launch.reading import parse, warn_of_unread
 from netslim.launch.run.directory import PREEMPTED_MARK, check_same, claim, occupied, preset_of_run
@@ -117,7 +118,7 @@ def enter(module: str, about: str, work: Work, *, reads_only: bool = False) -> N
     if not is_of_netslim():
         warn_of_unread(find_preset(preset)(), config, of_launcher(config))
         warn_of_overruled(config)
-        if os.environ.get("RANK", "0") == "0" and not (config.cpu or asks_for_cpu() or num_gpus()):
+        if is_rank_0() and not (config.cpu or asks_for_cpu() or num_gpus()):
             warn_of_cpu()
     work_each(preset, [(config, work)], reads_only=reads_only)
 

@@ -1,11 +1,10 @@
 """The entry of ``python -m netslim.launch.sweep SWEEP MEMBER...``: these members, in this group of processes."""
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
-from netslim.launch.mistakes import guarded
+from netslim.launch.mistakes import guarded, is_rank_0
 from netslim.launch.run import end_with_launcher, run_recipe, work_each
 from netslim.launch.sweep.grid import Sweep
 
@@ -20,7 +19,7 @@ def run_named() -> None:
     try:
         work_each(sweep.preset, runs)
     except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank_0():
             sweep.note_failure(members, " ".join(str(error).split()))
         raise
 

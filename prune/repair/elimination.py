@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from netslim.prune.map import CONSTANT, ChannelMap, Coupling, Ints, few
 from netslim.prune.record import Questions, recorded
 from netslim.prune.repair.calibration import Calibration, See, watch
-from netslim.prune.repair.foresight import WIDEST, is_wide
+from netslim.prune.repair.foresight import UNSOLVED, WIDEST, is_wide
 from netslim.prune.repair.reconstruction import check_finite, not_finite, samples_of
 from netslim.prune.repair.ridge import Moments
 
@@ -137,10 +137,7 @@ def _read(model: nn.Module, channels: ChannelMap, unit_of: Ints, calibration: Ca
         if end.name not in (layers.keys() | norms_of_map) and (unit_of[list(end.inputs)] != _STAYS).any()
     ]
     if odd:
-        calibration.say(
-            f"the score reconstruction leaves out what channels are worth to {few(odd)}: they are no Conv2d or Linear "
-            "of torch's that a forward pass calls once"
-        )
+        calibration.say(f"the score reconstruction leaves out what channels are worth to {few(odd)}: {UNSOLVED}")
     wide = [name for name, (layer, _) in layers.items() if is_wide(layer.weight[0].numel(), _groups(layer))]
     if wide:
         calibration.say(

@@ -12,6 +12,8 @@ from netslim.prune.map import few
 from netslim.prune.record import PRODUCING, Questions, layers_of, on_a_copy, recorded
 from netslim.prune.repair.calibration import FEWEST, num_fitted
 
+UNSOLVED = "they are no Conv2d or Linear of torch's that a forward pass calls once"
+"""Why layers have no system."""
 POSITIONS = 32
 """Places of a convolution's output, per image, that its system takes in; all where there are fewer."""
 WIDEST = 10240
@@ -100,8 +102,7 @@ def unsolved(network: nn.Module, systems: Mapping[str, System]) -> list[str]:
     odd = [repr(name) for name in every if name not in systems]
     if not odd:
         return []
-    why = "they are no Conv2d or Linear of torch's that a forward pass calls once"
-    return [f"reconstruct leaves {len(odd)} of {len(every)} layers as they are: {few(odd)}, since {why}"]
+    return [f"reconstruct leaves {len(odd)} of {len(every)} layers as they are: {few(odd)}, since {UNSOLVED}"]
 
 
 def left_of(systems: Mapping[str, System], num_fitted: int) -> list[str]:

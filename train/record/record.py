@@ -111,7 +111,7 @@ class Record:
             directory.mkdir(parents=True, exist_ok=True)
             description = _describe(config, stage, run_name)
             if wandb_mode(config.wandb) is not None:
-                tracker = WandbRun(
+                run = WandbRun(
                     wanted=config.wandb,
                     project=config.project,
                     entity=config.entity,
@@ -120,7 +120,7 @@ class Record:
                     is_last=is_last,
                     say=self.say,
                 )
-                self._wandb = tracker if tracker.is_wanted else None
+                self._wandb = run if run.is_wanted else None
             about = About(directory=directory, project=config.project, settings=settings or {}, **description)
             self._trackers = [TrackerRun(name, about, self.say) for name in config.trackers]
 
